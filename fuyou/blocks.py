@@ -1,0 +1,196 @@
+"""Cutting a causal language model into blocks: what runs before the decoder layers, each layer, what runs after.
+
+The pieces are found in the module tree of the unmodified model; nothing is traced or rewritten.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from fuyou.errors import ConfigError, ModelError
+
+PROLOGUE, EPILOGUE = "prologue", "epilogue"
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One piece of the model and the parameters it owns.
+
+    A parameter used by two pieces (tied embeddings) is owned by the one that runs first; the other lists the owner
+    in `borrows`.
+    """
+
+    name: str
+    kind: str
+    """"prologue", "layer" or "epilogue"."""
+    parameters: tuple[str, ...]
+    """Names as in `model.named_parameters()`, in that order."""
+    borrows: tuple[str, ...] = ()
+    """Names of other blocks whose parameters this one computes with too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelBlocks:
+    """The blocks in the order of the forward pass, and how the layers were found."""
+
+    path: str
+    """Module path of the list of decoder layers."""
+    blocks: tuple[Block, ...]
+    reason: str
+
+    @property
+    def layers(self) -> tuple[Block, ...]:
+        """The decoder layers among the blocks."""
+        return tuple(b for b in self.blocks if b.kind == "layer")
+
+
+def find_blocks(model: nn.Module, path: str | None = None) -> ModelBlocks:
+    """Find the decoder layers of `model` (on any device, also meta) and assign every parameter to a block.
+
+    `path` names the list of layers where it cannot be found. ConfigError if `path` is wrong, ModelError if nothing
+    was found or a parameter is shared in a way that cannot be streamed; both say what to do.
+    """
+    if path is not None:
+        layers_path, reason = path, f"blocks={path!r} was given"
+        try:
+            layers = model.get_submodule(path)
+        except AttributeError:
+            raise ConfigError(f"blocks={path!r}: the model has no such module") from None
+        if not isinstance(layers, nn.ModuleList) or len(layers) == 0:
+            raise ConfigError(f"blocks={path!r}: expected a ModuleList of decoder layers, got {type(layers).__name__}")
+    else:
+        layers_path, reason = _find_layers(model)
+        layers = model.get_submodule(layers_path)
+        assert isinstance(layers, nn.ModuleList)
+    return ModelBlocks(layers_path, _assign(model, layers_path, list(layers)), reason)
+
+
+def _find_layers(model: nn.Module) -> tuple[str, str]:
+    """Path of the ModuleList that two of three signals agree on, and which they were."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    no_split = set(getattr(model, "_no_split_modules", None) or ())
+    config = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    num_layers = getattr(text_config, "num_hidden_layers", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{type(model).__name__} is an encoder-decoder model: only decoder-only models are supported")
+    found: list[tuple[int, str, str]] = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+            continue
+        signals = []
+        if all(type(layer).__name__ in no_split for layer in module):
+            signals.append("_no_split_modules")
+        if all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
+            signals.append("GradientCheckpointingLayer")
+        if len(module) == num_layers:
+            signals.append("num_hidden_layers")
+        found.append((len(signals), name, " and ".join(signals)))
+    best = max((score for score, _, _ in found), default=0)
+    chosen = [(name, signals) for score, name, signals in found if score == best]
+    if best < 2 or len(chosen) != 1:
+        candidates = ", ".join(repr(name) for _, name, _ in found) or "none"
+        raise ModelError(
+            f"the decoder layers of {type(model).__name__} were not found for certain (lists of modules: {candidates}); "
+            'name them: OffloadConfig(blocks="model.layers")'
+        )
+    name, signals = chosen[0]
+    return name, f"{name} by {signals}"
+
+
+class _FirstLayerReached(BaseException):
+    """Ends the look at what runs before the layers; not an Exception, so that no model code swallows it."""
+
+
+def _modules_before_layers(model: nn.Module, first_layer: nn.Module) -> set[nn.Module] | None:
+    """Modules whose forward is entered before the first layer's, seen in a forward pass; None if it cannot run."""
+    entered: set[nn.Module] = set()
+    training = model.training
+
+    def enter(module: nn.Module, _args: Any) -> None:
+        if module is first_layer:
+            raise _FirstLayerReached
+        entered.add(module)
+
+    hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]
+    device = next(model.parameters()).device
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device))
+    except _FirstLayerReached:
+        return entered
+    except Exception:  # models whose preparation does not run on the meta device
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    return None
+
+
+def _assign(model: nn.Module, path: str, layers: list[nn.Module]) -> tuple[Block, ...]:
+    layer_of = {id(module): index for index, layer in enumerate(layers) for module in layer.modules()}
+    if len(layer_of) != sum(1 for layer in layers for _ in layer.modules()):
+        raise ModelError(f"{type(model).__name__} uses the same module in several layers: this cannot be streamed")
+    before = _modules_before_layers(model, layers[0])
+    registered: list[str] = [name for name, _ in model.named_modules()]
+    position = registered.index(path)
+
+    def stage(module_name: str, module: nn.Module) -> int:
+        """-1 prologue, a layer's index, or len(layers) for the epilogue."""
+        if id(module) in layer_of:
+            return layer_of[id(module)]
+        if before is not None:
+            return -1 if module in before else len(layers)
+        embeddings = [e for e in (model.get_input_embeddings(),) if e is not None]  # type: ignore[operator]
+        if module in embeddings or (registered.index(module_name) < position and "norm" not in module_name):
+            return -1
+        return len(layers)
+
+    names = {id(p): name for name, p in model.named_parameters()}
+    uses: dict[str, set[int]] = {name: set() for name in names.values()}
+    for module_name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                uses[names[id(parameter)]].add(stage(module_name, module))
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    stages = [-1, *range(len(layers)), len(layers)]
+    block_names = [PROLOGUE, *(f"{path}.{index}" for index in range(len(layers))), EPILOGUE]
+    kinds = ["prologue", *("layer" for _ in layers), "epilogue"]
+    owned: dict[int, list[str]] = {s: [] for s in stages}
+    borrows: dict[int, set[int]] = {s: set() for s in stages}
+    for name, used in uses.items():
+        owner = min(used)
+        if len(used) > 1 and used != {-1, len(layers)}:
+            raise ModelError(
+                f"{name} is shared by several blocks ({', '.join(block_names[s + 1] for s in sorted(used))}): only weights "
+                "tied between the embedding and the head can be streamed"
+            )
+        owned[owner].append(name)
+        for other in used - {owner}:
+            borrows[other].add(owner)
+    del output
+    return tuple(
+        Block(name, kind, tuple(owned[s]), tuple(block_names[o + 1] for o in sorted(borrows[s])))
+        for s, name, kind in zip(stages, block_names, kinds, strict=True)
+        if owned[s] or borrows[s] or kind != "layer"
+    )
+
+
+@contextlib.contextmanager
+def meta_model(config: Any, dtype: torch.dtype, **kwargs: Any) -> Iterator[nn.Module]:
+    """The model of a config with parameters on the meta device and real buffers (rotary tables and the like)."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+    model.tie_weights()  # ties are lost while parameters are replaced by meta ones
+    yield model

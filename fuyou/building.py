@@ -1,0 +1,277 @@
+"""Filling a model's blocks one at a time: from a checkpoint's safetensors, or with seeded random values.
+
+At no time is more than one block in memory. Checkpoints are read through transformers' own weight conversion, since
+their layout is not that of the modules (one tensor per expert in the file, one fused tensor in the module).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from fuyou.blocks import Block, ModelBlocks
+from fuyou.errors import ModelError
+
+BlockWriter = Callable[[Block, dict[str, torch.Tensor]], None]
+"""Takes a block and its parameters' values by name, in the compute dtype, in host memory, until it returns."""
+
+
+def placeholder(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """A tensor of the right shape, dtype and device that takes one element of memory."""
+    return torch.zeros(1, dtype=dtype, device=device).expand(shape)
+
+
+def replace_by_placeholders(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Give every parameter of a meta model a placeholder on `device`, ties kept; move the buffers there."""
+    replaced: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) not in replaced:
+                data = placeholder(parameter.shape, dtype, device)
+                replaced[id(parameter)] = nn.Parameter(data, requires_grad=parameter.is_floating_point())
+            module._parameters[name] = replaced[id(parameter)]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
+
+
+def random_blocks(model: nn.Module, blocks: ModelBlocks, seed: int, write: BlockWriter) -> None:
+    """Initialise each block as transformers would, from (seed, number of the block), and write it."""
+    from transformers import PreTrainedModel
+    from transformers import initialization as init
+
+    owners = _owners(model)
+    parents: dict[nn.Module, PreTrainedModel] = {}
+
+    def assign(module: nn.Module, parent: Any) -> None:
+        parent = module if isinstance(module, PreTrainedModel) else parent
+        parents[module] = parent
+        for child in module.children():
+            assign(child, parent)
+
+    assign(model, model)
+    guard = getattr(init, "guard_torch_init_functions", contextlib.nullcontext)
+    state = torch.get_rng_state()
+    try:
+        for number, block in enumerate(blocks.blocks):
+            torch.manual_seed((seed * 1_000_003 + number) & (2**63 - 1))
+            with _materialised(model, block, owners) as modules, torch.no_grad(), guard():
+                for module in modules:
+                    parents[module]._init_weights(module)
+                write(block, {name: owners[name][0][0]._parameters[owners[name][0][1]].detach() for name in block.parameters})  # type: ignore[union-attr]
+    finally:
+        torch.set_rng_state(state)
+
+
+def _owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Each parameter's name -> every (module, attribute) that holds it."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    owners: dict[str, list[tuple[nn.Module, str]]] = collections.defaultdict(list)
+    for module in model.modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None:
+                owners[names[id(parameter)]].append((module, attribute))
+    return owners
+
+
+@contextlib.contextmanager
+def _materialised(
+    model: nn.Module, block: Block, owners: dict[str, list[tuple[nn.Module, str]]]
+) -> Iterator[list[nn.Module]]:
+    """Real, uninitialised host parameters for one block; yields its modules, children before parents."""
+    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
+    direct: set[nn.Module] = set()
+    for name in block.parameters:
+        module, attribute = owners[name][0]
+        old = module._parameters[attribute]
+        assert old is not None
+        new = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), requires_grad=False)
+        for module, attribute in owners[name]:
+            kept.append((module, attribute, old))
+            module._parameters[attribute] = new
+            direct.add(module)
+    if block.kind == "layer":
+        root = model.get_submodule(block.name)
+        modules = [m for m in _children_first(root)]
+    else:
+        modules = [m for m in _children_first(model) if m in direct]
+    try:
+        yield modules
+    finally:
+        for module, attribute, old in kept:
+            module._parameters[attribute] = old
+
+
+def _children_first(module: nn.Module) -> Iterator[nn.Module]:
+    for child in module.children():
+        yield from _children_first(child)
+    yield module
+
+
+def resolve_checkpoint(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The local folder of a checkpoint; a hub name is downloaded (configs, tokenizer, safetensors)."""
+    path = Path(name_or_path).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_absolute() or str(name_or_path).startswith((".", "~")):
+        raise ModelError(f"{name_or_path}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                str(name_or_path),
+                revision=revision,
+                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+            )
+        )
+    except Exception as error:  # the hub's client raises its own errors, OSErrors and ValueErrors
+        raise ModelError(
+            f"{name_or_path!r} is no local folder and could not be had from the Hugging Face hub: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder; ModelError if there are none or one is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ModelError(f"{index}: not a safetensors index ({error}); fetch the checkpoint again") from None
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise ModelError(
+                f"{folder}: {len(missing)} of {len(names)} weight files named by the index are missing, first {missing[0]}; "
+                "fetch the checkpoint again"
+            )
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    raise ModelError(
+        f"{folder}: no model.safetensors and no model.safetensors.index.json; other formats are converted by loading the "
+        "model in transformers and calling save_pretrained once"
+    )
+
+
+def load_blocks(model: nn.Module, blocks: ModelBlocks, folder: Path, dtype: torch.dtype, write: BlockWriter) -> None:
+    """Stream a checkpoint's weights into the blocks, one block at a time, and its persistent buffers into the model.
+
+    ModelError for missing, corrupt or mismatching weights; nothing random is ever put in their place.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        convert_and_load_state_dict_in_model,
+        rename_source_key,
+    )
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    files = checkpoint_files(folder)
+    mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    known = model.state_dict()
+    owners = _owners(model)
+    aliases = {f"{_module_name(model, module)}{attribute}": name for name, pairs in owners.items() for module, attribute in pairs}
+    block_of = {name: block for block in blocks.blocks for name in block.parameters}
+    keys: dict[str, list[tuple[Path, str]]] = collections.defaultdict(list)
+    buffers: list[tuple[Path, str]] = []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names = list(opened.keys())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file}: not a readable safetensors file ({error}); fetch it again") from None
+        for key in names:
+            target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, known)  # type: ignore[arg-type]
+            if target not in known and key in known:
+                target = key
+            if target in aliases:
+                keys[block_of[aliases[target]].name].append((file, key))
+            elif target in known:
+                buffers.append((file, key))
+
+    def load(entries: list[tuple[Path, str]]) -> Any:
+        with contextlib.ExitStack() as stack:
+            opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in {f for f, _ in entries}}
+            slices = {key: opened[file].get_slice(key) for file, key in entries}
+            config = LoadStateDictConfig(dtype=dtype, weight_mapping=mapping)
+            return convert_and_load_state_dict_in_model(model, slices, config)[0]  # type: ignore[arg-type]
+
+    with _quietly_sequential():
+        for block in blocks.blocks:
+            if not block.parameters:
+                continue
+            originals = {name: [(m, a, m._parameters[a]) for m, a in owners[name]] for name in block.parameters}
+            try:
+                info = load(keys[block.name])
+                if info.mismatched_keys:
+                    name, found, expected = next(iter(info.mismatched_keys))
+                    raise ModelError(
+                        f"{folder}: {name} has shape {tuple(found)} in the checkpoint, the config asks for {tuple(expected)}"
+                    )
+                if info.conversion_errors or info.error_msgs:
+                    problem = next(iter([*info.conversion_errors.values(), *info.error_msgs]))
+                    raise ModelError(f"{folder}: the weights of {block.name} could not be converted: {problem}")
+                values: dict[str, torch.Tensor] = {}
+                for name, holders in originals.items():
+                    loaded = [m._parameters[a] for m, a, old in holders if m._parameters[a] is not old]
+                    if not loaded:
+                        raise ModelError(
+                            f"{folder}: {name} is missing in the checkpoint; it does not belong to this config"
+                        )
+                    assert loaded[0] is not None
+                    values[name] = loaded[0].detach()
+                write(block, values)
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{folder}: the weights of {block.name} cannot be read: {error}") from error
+            finally:
+                for holders in originals.values():
+                    for module, attribute, old in holders:
+                        module._parameters[attribute] = old
+        if buffers:
+            load(buffers)
+    # Exports use the default conversion of the model's class, also after a restart that loaded no checkpoint.
+    if hasattr(model, "_weight_conversions"):
+        del model._weight_conversions
+
+
+def _module_name(model: nn.Module, module: nn.Module) -> str:
+    for name, candidate in model.named_modules(remove_duplicate=False):
+        if candidate is module:
+            return f"{name}." if name else ""
+    raise AssertionError("module of another model")
+
+
+@contextlib.contextmanager
+def _quietly_sequential() -> Iterator[None]:
+    """One tensor at a time, so that memory stays at one block, and no progress bar a block."""
+    from transformers.utils import logging
+
+    before = os.environ.get("HF_DEACTIVATE_ASYNC_LOAD")
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            logging.enable_progress_bar()
+        if before is None:
+            del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
+        else:
+            os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before

@@ -1,0 +1,128 @@
+"""What a user decides about offloading: one frozen dataclass, checked at construction."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from fuyou.errors import ConfigError
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12} | {
+    "kib": 2**10,
+    "mib": 2**20,
+    "gib": 2**30,
+    "tib": 2**40,
+}
+
+
+def parse_bytes(value: str | int, field: str = "size") -> int:
+    """Bytes from ``"768MiB"``, ``"22 GB"`` or a plain number; ConfigError names `field` otherwise."""
+    if isinstance(value, bool) or not isinstance(value, str | int):
+        raise ConfigError(f"{field}={value!r}: expected bytes as a number or text such as '22GiB'")
+    if isinstance(value, int):
+        num_bytes = value
+    else:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        if match is None or match[2].lower() not in _UNITS:
+            raise ConfigError(f"{field}={value!r}: expected a number and a unit, such as '768MiB' or '22GB'")
+        num_bytes = int(float(match[1]) * _UNITS[match[2].lower()])
+    if num_bytes <= 0:
+        raise ConfigError(f"{field}={value!r}: must be above zero")
+    return num_bytes
+
+
+def format_bytes(num_bytes: float) -> str:
+    """A size for people: ``"1.50 GiB"``."""
+    size = float(num_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(size) < 1024:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} TiB"
+
+
+def _choice(field: str, value: object, supported: Sequence[object], later: Mapping[object, str]) -> None:
+    if value in supported:
+        return
+    if value in later:
+        raise ConfigError(f"{field}={value!r} is not supported by this version: {later[value]}")
+    raise ConfigError(f"{field}={value!r}: choose one of {', '.join(repr(s) for s in supported)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OffloadConfig:
+    """Where a model lives and how much memory it may take."""
+
+    store: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+    """Directory of the store, or one per drive. Made if missing."""
+    device: str | None = None
+    """Where blocks are computed: "cuda", "cuda:0", "cpu". None: cuda if there is one."""
+    gpu_memory: str | int | None = None
+    """Promise: peak memory on the device. None: what is free now, less a margin."""
+    host_memory: str | int | None = None
+    """Promise: memory of fuyou's own buffers (the block in compute comes on top). None: measured, with a margin."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Data type of weights and activations in compute; the master is float32 in both cases."""
+    moment_dtype: Literal["float32"] = "float32"
+    """Data type of Adam's moments on the drive."""
+    frozen_dtype: Literal["bfloat16"] = "bfloat16"
+    """How frozen blocks are stored."""
+    micro_batch_size: int | None = None
+    """Rows computed at once. None: the whole batch as it is given. Fixed when a run is created."""
+    durability: Literal["step"] | None = None
+    """"step": every optimizer step is committed to the drive. None: planned."""
+    resume: str | int = "auto"
+    """"auto": continue a run found in the store, else begin one. "never": the store must be new. "must": it must hold a
+    run. A number: it must stand at that committed step."""
+    io: Literal["auto", "posix"] = "auto"
+    """Engine that moves bytes to and from the drive."""
+    plan: Any = None
+    """A Plan, or its JSON, to be followed instead of the planned one. None: planned."""
+    blocks: str | None = None
+    """Module path of the list of decoder layers, where it is not found by itself ("model.layers")."""
+
+    def __post_init__(self) -> None:
+        for directory in self._store_list():
+            if not isinstance(directory, str | os.PathLike) or not str(directory):
+                raise ConfigError(f"store={self.store!r}: expected a directory, or a list of directories")
+        if not self._store_list():
+            raise ConfigError("store=[]: name at least one directory")
+        for field in ("gpu_memory", "host_memory"):
+            if getattr(self, field) is not None:
+                parse_bytes(getattr(self, field), field)
+        _choice("compute_dtype", self.compute_dtype, ("bfloat16", "float32"), {"float16": "use bfloat16"})
+        later = "only float32 moments are; leave the field out"
+        _choice("moment_dtype", self.moment_dtype, ("float32",), {"bfloat16": later, "int8": later})
+        later = "frozen weights are stored in bfloat16; leave the field out"
+        _choice("frozen_dtype", self.frozen_dtype, ("bfloat16",), {"int8": later, "nf4": later})
+        later = 'every step is committed; leave the field out or write "step"'
+        _choice("durability", self.durability, (None, "step"), {"checkpoint": later})
+        _choice("io", self.io, ("auto", "posix"), {"kvikio": 'leave the field out or write "posix"'})
+        if self.micro_batch_size is not None and (
+            isinstance(self.micro_batch_size, bool)
+            or not isinstance(self.micro_batch_size, int)
+            or self.micro_batch_size < 1
+        ):
+            raise ConfigError(f"micro_batch_size={self.micro_batch_size!r}: expected a whole number above zero")
+        if isinstance(self.resume, bool) or not (
+            self.resume in ("auto", "never", "must") or (isinstance(self.resume, int) and self.resume >= 0)
+        ):
+            raise ConfigError(f'resume={self.resume!r}: choose "auto", "never", "must" or the number of a step')
+        if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", str(self.device)):
+            raise ConfigError(f'device={self.device!r}: choose "cpu", "cuda" or "cuda:N"')
+
+    def _store_list(self) -> list[Any]:
+        if isinstance(self.store, str | os.PathLike):
+            return [self.store]
+        if not isinstance(self.store, Sequence):
+            raise ConfigError(f"store={self.store!r}: expected a directory, or a list of directories")
+        return list(self.store)
+
+    @property
+    def store_directories(self) -> tuple[Path, ...]:
+        """The store's directories, absolute."""
+        return tuple(Path(directory).expanduser().absolute() for directory in self._store_list())

@@ -1,0 +1,18 @@
+"""Arithmetic of a step's costs: bytes and floating-point operations. Imports no torch; every line checks by hand."""
+
+from __future__ import annotations
+
+
+def weight_bytes_per_parameter(compute_dtype: str) -> int:
+    """Stored weight: the bfloat16 high half, or the float32 master."""
+    return 2 if compute_dtype == "bfloat16" else 4
+
+
+def state_bytes_per_parameter(compute_dtype: str) -> int:
+    """Stored state: low half (bfloat16 compute only), m and v."""
+    return 10 if compute_dtype == "bfloat16" else 8
+
+
+def step_flops(num_parameters: int, num_tokens: int) -> float:
+    """Forward 2, backward 4, recomputation 2 operations per parameter and token (attention scores left out)."""
+    return 8.0 * num_parameters * num_tokens

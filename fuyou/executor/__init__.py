@@ -1,0 +1,1 @@
+"""Carries out a plan: weights in, blocks computed, gradients out."""

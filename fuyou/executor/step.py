@@ -1,0 +1,741 @@
+"""One training step, block by block, for all micro-batches: the vertical schedule.
+
+Each micro-batch's unmodified `model.forward` runs in a greenlet of its own that stops before every decoder layer and
+once more behind the last one. The schedule (`StepExecutor`) brings a block's weights in, lets every micro-batch run up
+to the next stop, and lets the weights go, so that they cross the bus once however many micro-batches there are.
+
+Layers run without a graph; their inputs are kept, and the backward pass computes each layer again with one (activation
+recomputation). What runs before the first layer, between layers and behind the last keeps its ordinary graph. Both
+kinds are joined at cuts: a cut is a tensor whose gradient is caught and handed to the layer that produced it.
+
+All greenlets end before forward returns: on CUDA the backward pass runs on autograd's own thread, where the greenlets
+of another thread cannot be entered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import greenlet
+import torch
+from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from fuyou.blocks import Block, ModelBlocks
+from fuyou.errors import ModelError
+from fuyou.executor.activations import ActivationStore, SavedTensor
+from fuyou.executor.device import Device
+from fuyou.executor.weights import LoadedShard, WeightStream
+from fuyou.trace import Trace
+from optim import OffloadedAdamW, ShardGradient, ShardLayout
+
+
+def micro_batch_seed(seed: int, step: int, micro_batch: int) -> int:
+    """Seed of torch's generators for one micro-batch of one step, so that runs repeat whatever ran in between.
+
+    The first eight bytes, little-endian, of sha256("fuyou:{seed}:{step}:{micro_batch}"), without the sign bit.
+    """
+    digest = hashlib.sha256(f"fuyou:{seed}:{step}:{micro_batch}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") & (2**63 - 1)
+
+
+class CutGradients:
+    """The gradients of one layer's outputs for one micro-batch, as they arrive."""
+
+    def __init__(self) -> None:
+        self.gradients: list[torch.Tensor | None] = []
+
+    def add(self, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Add one backward pass's contribution."""
+        if not self.gradients:
+            self.gradients = list(gradients)
+            return
+        for index, gradient in enumerate(gradients):
+            if gradient is not None:
+                present = self.gradients[index]
+                self.gradients[index] = gradient if present is None else present + gradient
+
+
+class _Cut(torch.autograd.Function):
+    """Turns tensors without a graph into tensors whose gradients are caught in a CutGradients."""
+
+    @staticmethod
+    def forward(ctx: Any, _anchor: torch.Tensor, caught: CutGradients, *values: torch.Tensor) -> Any:
+        ctx.caught = caught
+        ctx.set_materialize_grads(False)
+        return tuple(value.view_as(value) for value in values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        ctx.caught.add(gradients)
+        return (None, None, *(None for _ in gradients))
+
+
+@dataclasses.dataclass
+class _SavedInput:
+    """A tensor argument of a layer that carries a gradient: its value put away, and where its gradient goes."""
+
+    position: int
+    saved: SavedTensor
+    edge: GradientEdge
+    from_cut: bool
+
+
+@dataclasses.dataclass
+class _LayerCall:
+    """What is needed to compute one layer again for one micro-batch."""
+
+    leaves: list[Any]
+    spec: TreeSpec
+    inputs: list[_SavedInput]
+    outputs: CutGradients
+    rng: tuple[torch.Tensor, ...]
+    collected: dict[str, int]
+    """Entries that the layer added to the active output collector, by key."""
+
+
+class _MicroBatch:
+    """One micro-batch on its way through the model."""
+
+    def __init__(self, index: int, arguments: Mapping[str, Any], weight: float) -> None:
+        self.index = index
+        self.arguments = arguments
+        self.weight = weight
+        self.greenlet: greenlet.greenlet | None = None
+        self.next_stop = -1
+        """Layer before which it waits; the number of layers: behind the last; -1: at the start."""
+        self.calls: dict[int, _LayerCall] = {}
+        self.before_layers: list[tuple[GradientEdge, torch.Tensor]] = []
+        self.rng: tuple[torch.Tensor, ...] = ()
+        self.grad_enabled = True
+        self.output: Any = None
+        self.loss: torch.Tensor | None = None
+
+
+@dataclasses.dataclass
+class ForwardRecord:
+    """What a forward pass leaves for its backward pass."""
+
+    micro_batches: list[_MicroBatch]
+    loss: torch.Tensor
+    """Weighted sum of the micro-batches' losses, float64, 0-dimensional."""
+    output_type: type
+    gradients: dict[str, ShardGradient]
+    """Gradients begun by the epilogue."""
+    autocast: tuple[bool, torch.dtype]
+    needs_prologue: bool = False
+
+
+class _OpenGradient:
+    """A shard's gradient while it is being summed on the device."""
+
+    def __init__(self, gradient: ShardGradient, flat: torch.Tensor) -> None:
+        self.gradient, self.flat = gradient, flat
+
+
+class StepExecutor:
+    """Runs forward and backward passes of one model over a WeightStream."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: ModelBlocks,
+        layouts: Mapping[str, ShardLayout],
+        *,
+        device: Device,
+        trace: Trace,
+        seed: int,
+    ) -> None:
+        self._model = model
+        self._blocks = {block.name: block for block in blocks.blocks}
+        self._order = [block.name for block in blocks.blocks]
+        self._layers = list(model.get_submodule(blocks.path))  # type: ignore[arg-type]
+        self._layer_blocks: list[Block | None] = [
+            self._blocks.get(f"{blocks.path}.{index}") for index in range(len(self._layers))
+        ]
+        self._layouts = dict(layouts)
+        self._device, self._trace = device, trace
+        self._weights: WeightStream
+        self._activations: ActivationStore
+        self._seed = seed
+        self.optimizer: OffloadedAdamW | None = None
+        self.anchor = torch.ones((), device=device.torch_device, requires_grad=True)
+        self._parameters = dict(model.named_parameters())
+        self._slots = {slot.name: (name, slot) for name, layout in self._layouts.items() for slot in layout.parameters}
+        self._bound: dict[str, tuple[LoadedShard, int]] = {}
+        self._open: dict[str, _OpenGradient] = {}
+        self._current: _MicroBatch | None = None
+        self._record: ForwardRecord | None = None
+        self._hub: greenlet.greenlet | None = None
+        self._training = False
+        self._patch_layers()
+        self._guard_other_modules()
+        for name, parameter in self._parameters.items():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, name))
+
+    @property
+    def parameter_names(self) -> frozenset[str]:
+        """Names of the model's parameters when the executor was made."""
+        return frozenset(self._parameters)
+
+    def use(self, weights: WeightStream, activations: ActivationStore) -> None:
+        """Work over these from now on; nothing may be running or held."""
+        assert not self._bound and self._record is None
+        self._weights, self._activations = weights, activations
+
+    # --- a training step -------------------------------------------------------------------------------------------
+
+    def forward(self, calls: Sequence[tuple[Mapping[str, Any], float]], *, step: int, first: int) -> ForwardRecord:
+        """Run the forward pass of all micro-batches, and the backward pass of what is behind the last layer.
+
+        `calls` are (arguments of model.forward with labels, weight of the loss). `step` and `first` (the number of the
+        first micro-batch in the step) choose the random numbers. Call `backward` with the record, or `discard` it.
+        """
+        micro_batches = [_MicroBatch(first + i, arguments, weight) for i, (arguments, weight) in enumerate(calls)]
+        device_type = self._device.torch_device.type
+        autocast = (torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
+        record = ForwardRecord(micro_batches, torch.zeros(()), type(None), {}, autocast)
+        losses = torch.zeros((), dtype=torch.float64, device=self._device.torch_device)
+        with self._running(record, training=True), self._autocast(autocast):
+            self._weights.announce(self._visits(self._order))
+            for micro_batch in micro_batches:
+                self._seed_micro_batch(micro_batch, step)
+            self._run_up_to_epilogue(micro_batches)
+            with self._bound_block("epilogue"), torch.enable_grad():
+                self._open_gradients("epilogue")
+                for micro_batch in micro_batches:
+                    self._finish(micro_batch)
+                    loss = _loss_of(micro_batch.output)
+                    losses += micro_batch.weight * loss.detach().double()
+                    record.output_type = type(micro_batch.output)
+                    micro_batch.output = None
+                    with self._span("epilogue backward"), self._autocast((False, autocast[1])):
+                        torch.autograd.backward(loss, torch.tensor(micro_batch.weight, dtype=loss.dtype, device=loss.device))
+                    del loss
+                record.gradients = {name: open_.gradient for name, open_ in self._open.items()}
+        record.loss = losses
+        return record
+
+    def backward(self, record: ForwardRecord, scale: float) -> None:
+        """Run the rest of the backward pass: gradients of `scale` times the record's loss go to the optimizer."""
+        if record is not self._record:
+            raise RuntimeError("this loss belongs to an earlier forward pass: call backward() before the next one")
+        assert self.optimizer is not None
+        self._record = None
+        self._training = True
+        prologue_held = contextlib.ExitStack()
+        try:
+            if scale != 1.0:
+                self._scale(record, scale)
+            # Updates in the backward window take the weights that backward has read; the epilogue's were let go.
+            skip = 0 if self.optimizer.window == "backward" else 1
+            self._weights.announce(self._visits(self._order[::-1][skip:]))
+            self._complete("epilogue")
+            if record.needs_prologue:
+                prologue_held.enter_context(self._bound_block("prologue"))
+                self._open_gradients("prologue")
+            for index in reversed(range(len(self._layers))):
+                self._layer_backward(index, record)
+            with self._bound_block("prologue"):
+                self._open_gradients("prologue")
+                with self._span("prologue backward"):
+                    for micro_batch in record.micro_batches:
+                        for edge, gradient in micro_batch.before_layers:
+                            torch.autograd.backward([edge], [gradient], retain_graph=record.needs_prologue)
+                prologue_held.close()
+                self._complete("prologue")
+        except BaseException:
+            prologue_held.close()
+            self._drop(record)
+            raise
+        finally:
+            self._training = False
+
+    def discard(self) -> None:
+        """Forget a forward pass whose backward pass never came."""
+        if self._record is not None:
+            record, self._record = self._record, None
+            self._drop(record)
+
+    def infer(self, arguments: Mapping[str, Any]) -> Any:
+        """Run model.forward once without gradients, block by block; returns its output unchanged."""
+        self.discard()
+        micro_batch = _MicroBatch(0, arguments, 1.0)
+        # Inference draws from the caller's generators, as a plain forward pass does.
+        micro_batch.rng = self._get_rng()
+        with self._running(None, training=False), torch.no_grad():
+            micro_batch.grad_enabled = False
+            self._weights.announce(self._visits(self._order))
+            self._run_up_to_epilogue([micro_batch])
+            with self._bound_block("epilogue"):
+                self._finish(micro_batch)
+        self._set_rng(micro_batch.rng)
+        return micro_batch.output
+
+    # --- the schedule ----------------------------------------------------------------------------------------------
+
+    def _visits(self, block_names: Sequence[str]) -> list[str]:
+        """Shards in the order in which the blocks will ask for them."""
+        visits: list[str] = []
+        for name in block_names:
+            block = self._blocks[name]
+            visits += [shard for shard in (*block.borrows, name) if shard in self._layouts]
+        return visits
+
+    def _run_up_to_epilogue(self, micro_batches: list[_MicroBatch]) -> None:
+        with self._bound_block("prologue"):
+            for micro_batch in micro_batches:
+                self._start(micro_batch)
+        for index in range(len(self._layers)):
+            block = self._layer_blocks[index]
+            with self._bound_block(block.name) if block is not None else contextlib.nullcontext():
+                for micro_batch in micro_batches:
+                    # A model may skip a layer for a micro-batch (layer drop): then it waits at a later one.
+                    if micro_batch.next_stop == index:
+                        self._resume(micro_batch, f"layer {index} forward")
+
+    def _layer_backward(self, index: int, record: ForwardRecord) -> None:
+        block = self._layer_blocks[index]
+        with self._bound_block(block.name) if block is not None else contextlib.nullcontext():
+            if block is not None:
+                self._open_gradients(block.name)
+            for micro_batch in record.micro_batches:
+                call = micro_batch.calls.pop(index, None)
+                if call is not None:
+                    with self._span(f"layer {index} backward"):
+                        self._call_backward(index, micro_batch, call, record)
+            if block is not None:
+                self._complete(block.name)
+
+    def _call_backward(
+        self, index: int, micro_batch: _MicroBatch, call: _LayerCall, record: ForwardRecord
+    ) -> None:
+        """Compute the layer again with a graph, run its backward pass, pass the inputs' gradients on."""
+        previous = micro_batch.calls.get(index - 1)
+        for saved_input in previous.inputs if previous is not None else ():
+            self._activations.prefetch(saved_input.saved)
+        leaves: list[tuple[_SavedInput, torch.Tensor]] = []
+        for saved_input in call.inputs:
+            leaf = self._activations.load(saved_input.saved).requires_grad_()
+            call.leaves[saved_input.position] = leaf
+            leaves.append((saved_input, leaf))
+        outer_rng = self._get_rng()
+        collector, token = _activate_collector(call.collected)
+        try:
+            self._set_rng(call.rng)
+            args, kwargs = tree_unflatten(call.leaves, call.spec)
+            with torch.enable_grad(), self._autocast(record.autocast):
+                result = self._plain_forwards[index](*args, **kwargs)
+            outputs = _float_tensors(result) + _collected(collector, call.collected)
+            if len(outputs) != len(call.outputs.gradients) and call.outputs.gradients:
+                raise ModelError(
+                    f"layer {index} gave {len(outputs)} outputs when computed again and {len(call.outputs.gradients)} at "
+                    "first: it is not a function of its inputs, and cannot be recomputed"
+                )
+            pairs = [
+                (output, gradient)
+                for output, gradient in zip(outputs, call.outputs.gradients, strict=False)
+                if gradient is not None and output.requires_grad
+            ]
+            if pairs:
+                torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
+            del result, outputs, pairs, args, kwargs
+        finally:
+            _deactivate_collector(token)
+            self._set_rng(outer_rng)
+        call.leaves.clear()
+        call.outputs.gradients.clear()
+        for saved_input, leaf in leaves:
+            gradient, leaf.grad = leaf.grad, None
+            self._activations.free(saved_input.saved)
+            if gradient is None:
+                continue
+            if saved_input.from_cut:
+                torch.autograd.backward([saved_input.edge], [gradient])
+            elif index == 0:
+                # Leads to the prologue's parameters: run when they are bound.
+                micro_batch.before_layers.append((saved_input.edge, gradient))
+            else:
+                torch.autograd.backward([saved_input.edge], [gradient], retain_graph=True)
+
+    # --- inside the greenlets --------------------------------------------------------------------------------------
+
+    def _patch_layers(self) -> None:
+        """Replace `forward` on each layer object; names, hooks and adapters in it stay as they are."""
+        self._plain_forwards: list[Callable[..., Any]] = []
+        for index, layer in enumerate(self._layers):
+            plain = layer.forward
+            self._plain_forwards.append(plain)
+
+            @functools.wraps(plain)
+            def forward(*args: Any, _index: int = index, **kwargs: Any) -> Any:
+                return self._enter_layer(_index, args, kwargs)
+
+            layer.forward = forward
+
+    def _enter_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        micro_batch = self._current
+        if micro_batch is None or micro_batch.greenlet is not greenlet.getcurrent():
+            raise ModelError(
+                "a decoder layer was called outside of the model's own forward: its weights are on the drive. Call the "
+                "whole model (model(...)), not a part of it"
+            )
+        self._stop(micro_batch, index)
+        if self._training:
+            result = self._run_layer(micro_batch, index, args, kwargs)
+        else:
+            result = self._plain_forwards[index](*args, **kwargs)
+        if index == len(self._layers) - 1:
+            self._stop(micro_batch, len(self._layers))
+        return result
+
+    def _stop(self, micro_batch: _MicroBatch, where: int) -> None:
+        """Back to the schedule, until it has bound what comes next."""
+        if where <= micro_batch.next_stop:
+            raise ModelError(
+                f"layer {where} was called after layer {micro_batch.next_stop}: only models that run their layers once, in order, "
+                "can be streamed"
+            )
+        micro_batch.next_stop = where
+        assert self._hub is not None
+        self._hub.switch()
+
+    def _run_layer(
+        self, micro_batch: _MicroBatch, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        block = self._layer_blocks[index]
+        leaves, spec = tree_flatten((args, kwargs))
+        inputs: list[_SavedInput] = []
+        kept = list(leaves)
+        for position, leaf in enumerate(leaves):
+            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                edge = get_gradient_edge(leaf)
+                from_cut = isinstance(leaf.grad_fn, _Cut._backward_cls)  # type: ignore[attr-defined]
+                key = f"{index}/{micro_batch.index}/{position}"
+                inputs.append(_SavedInput(position, self._activations.save(key, leaf), edge, from_cut))
+                kept[position] = None
+                if not from_cut and index > 0 and self._record is not None:
+                    self._record.needs_prologue = True
+        trainable = block is not None and any(self._parameters[name].requires_grad for name in block.parameters)
+        collector = _active_collector()
+        before = {key: len(entries) for key, entries in collector.items()} if collector else {}
+        call = _LayerCall(kept, spec, inputs, CutGradients(), self._get_rng(), {})
+        with torch.no_grad():
+            result = self._plain_forwards[index](*args, **kwargs)
+        if not inputs and not trainable:
+            return result  # nothing below needs a gradient
+        call.collected = {
+            key: len(entries) - before.get(key, 0)
+            for key, entries in (collector or {}).items()
+            if len(entries) > before.get(key, 0)
+        }
+        flat, result_spec = tree_flatten(result)
+        floats = [i for i, value in enumerate(flat) if _is_float(value)]
+        collected = _collected(collector, call.collected)
+        cuts = list(_Cut.apply(self.anchor, call.outputs, *(flat[i] for i in floats), *collected))
+        for i in floats:
+            flat[i] = cuts.pop(0)
+        _replace_collected(collector, call.collected, cuts)
+        micro_batch.calls[index] = call
+        return tree_unflatten(flat, result_spec)
+
+    def _start(self, micro_batch: _MicroBatch) -> None:
+        def run() -> None:
+            micro_batch.output = self._plain_forward(**micro_batch.arguments)
+
+        micro_batch.greenlet = greenlet.greenlet(run)
+        # transformers keeps the collector of router logits and the like in a context variable.
+        micro_batch.greenlet.gr_context = contextvars.copy_context()
+        self._resume(micro_batch, "prologue forward")
+
+    def _finish(self, micro_batch: _MicroBatch) -> None:
+        self._resume(micro_batch, "epilogue forward")
+        if micro_batch.greenlet is not None and not micro_batch.greenlet.dead:
+            raise ModelError("the model ran more decoder layers after its last one: it cannot be streamed")
+        micro_batch.greenlet = None
+
+    def _resume(self, micro_batch: _MicroBatch, what: str) -> None:
+        """Let a micro-batch run to its next stop, with the thread's torch state as it left it."""
+        assert micro_batch.greenlet is not None
+        outer_rng, outer_grad = self._get_rng(), torch.is_grad_enabled()
+        self._set_rng(micro_batch.rng)
+        torch.set_grad_enabled(micro_batch.grad_enabled)
+        self._current = micro_batch
+        try:
+            with self._span(what):
+                micro_batch.greenlet.switch()
+        finally:
+            self._current = None
+            micro_batch.rng, micro_batch.grad_enabled = self._get_rng(), torch.is_grad_enabled()
+            torch.set_grad_enabled(outer_grad)
+            self._set_rng(outer_rng)
+
+    @contextlib.contextmanager
+    def _running(self, record: ForwardRecord | None, *, training: bool) -> Iterator[None]:
+        if self._hub is not None:
+            raise RuntimeError("the model is already running: a forward pass cannot be started inside another")
+        self._plain_forward = type(self._model).forward.__get__(self._model)
+        self._hub, self._training = greenlet.getcurrent(), training
+        self._record = record
+        try:
+            yield
+        except BaseException:
+            if record is not None:
+                self._record = None
+                self._drop(record)
+            raise
+        finally:
+            for micro_batch in record.micro_batches if record is not None else ():
+                if micro_batch.greenlet is not None and not micro_batch.greenlet.dead:
+                    micro_batch.greenlet.throw(greenlet.GreenletExit)
+                micro_batch.greenlet = None
+            self._hub, self._current, self._training = None, None, False
+
+    # --- weights and gradients -------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _bound_block(self, name: str) -> Iterator[None]:
+        """The block's parameters, and those that it borrows, hold their weights inside this context."""
+        block = self._blocks[name]
+        shards = [shard for shard in (*block.borrows, name) if shard in self._layouts]
+        bound: list[str] = []
+        try:
+            for shard in shards:
+                self._bind(shard)
+                bound.append(shard)
+            yield
+        finally:
+            for shard in bound:
+                self._unbind(shard)
+
+    def _bind(self, name: str) -> None:
+        if name in self._bound:
+            shard, count = self._bound[name]
+            self._bound[name] = (shard, count + 1)
+            return
+        shard = self._weights.acquire(name)
+        assert shard.device_weights is not None
+        for slot in shard.layout.parameters:
+            self._parameters[slot.name].data = shard.device_weights[slot.start : slot.stop].view(slot.shape)
+        self._bound[name] = (shard, 1)
+
+    def _unbind(self, name: str) -> None:
+        if name not in self._bound:  # handed over to the optimizer
+            return
+        shard, count = self._bound[name]
+        if count > 1:
+            self._bound[name] = (shard, count - 1)
+            return
+        del self._bound[name]
+        self._placeholders(shard.layout)
+        self._weights.release(shard)
+
+    def _placeholders(self, layout: ShardLayout) -> None:
+        for slot in layout.parameters:
+            parameter = self._parameters[slot.name]
+            parameter.data = torch.zeros(1, dtype=parameter.dtype, device=parameter.device).expand(slot.shape)
+
+    def _open_gradients(self, block_name: str) -> None:
+        """Make room to sum the gradients of a block's trainable parameters, borrowed ones included."""
+        assert self.optimizer is not None
+        block = self._blocks[block_name]
+        for shard in (block_name, *block.borrows):
+            if shard not in self._layouts or shard in self._open or not self.optimizer.trains(shard):
+                continue
+            gradient = self.optimizer.acquire_gradient(shard)
+            host = torch.from_numpy(gradient.array)
+            self._open[shard] = _OpenGradient(gradient, self._device.gradient_sum(host))
+
+    def _on_gradient(self, name: str, parameter: torch.Tensor) -> None:
+        """A parameter's gradient is whole for one micro-batch: add it to the float32 sum and free it."""
+        shard, slot = self._slots[name]
+        open_ = self._open.get(shard)
+        gradient, parameter.grad = parameter.grad, None
+        assert gradient is not None
+        if open_ is None or shard not in self._bound:
+            raise ModelError(
+                f"{name} got a gradient while its weights were on the drive: this model uses it outside of the block that "
+                "owns it, which cannot be streamed"
+            )
+        total = open_.flat[slot.start : slot.stop].view(slot.shape)
+        if name in open_.gradient.arrived:
+            total.add_(gradient)
+        else:
+            total.copy_(gradient)
+            open_.gradient.arrived.add(name)
+
+    def _complete(self, name: str) -> None:
+        """All micro-batches are through: the shard's gradient and its weights go to the optimizer."""
+        assert self.optimizer is not None
+        open_ = self._open.pop(name, None)
+        if open_ is None:
+            return
+        wait = self._device.download(open_.flat, torch.from_numpy(open_.gradient.array))
+        if self.optimizer.window == "forward":
+            self.optimizer.gradient_complete(open_.gradient, wait=wait)
+            return
+        if name not in self._bound:
+            self._bind(name)
+        shard, _count = self._bound.pop(name)
+        self._placeholders(shard.layout)
+        self._weights.hand_over(shard)
+
+        def arrived() -> None:
+            # The update writes into the memory that the weights were uploaded from.
+            shard.uploaded()
+            wait()
+
+        self.optimizer.gradient_complete(
+            open_.gradient, shard.array, wait=arrived, on_done=lambda: self._weights.release(shard)
+        )
+
+    def _scale(self, record: ForwardRecord, scale: float) -> None:
+        """Apply the factor that backward() was called with to what the forward pass has computed already."""
+        for name, open_ in self._open.items():
+            for slot in self._layouts[name].parameters:
+                if slot.name in open_.gradient.arrived:
+                    open_.flat[slot.start : slot.stop] *= scale
+        for micro_batch in record.micro_batches:
+            for call in micro_batch.calls.values():
+                call.outputs.gradients = [g if g is None else g * scale for g in call.outputs.gradients]
+
+    def _drop(self, record: ForwardRecord) -> None:
+        """Give back everything that a forward or backward pass holds."""
+        for micro_batch in record.micro_batches:
+            for call in micro_batch.calls.values():
+                for saved_input in call.inputs:
+                    self._activations.free(saved_input.saved)
+            micro_batch.calls.clear()
+            micro_batch.before_layers.clear()
+        for open_ in self._open.values():
+            open_.gradient.buffer.release()
+        self._open.clear()
+        for name in list(self._bound):
+            shard, _count = self._bound.pop(name)
+            self._placeholders(shard.layout)
+            self._weights.release(shard)
+
+    def _guard_other_modules(self) -> None:
+        """Make the use of a module outside the layers whose weights are not there an error, never a wrong result."""
+        inside = {module for layer in self._layers for module in layer.modules()}
+        names = {id(p): name for name, p in self._parameters.items()}
+
+        def check(module: nn.Module, _args: Any, *, shards: frozenset[str]) -> None:
+            missing = shards - self._bound.keys()
+            if missing:
+                raise ModelError(
+                    f"{type(module).__name__} was called while its weights (block {', '.join(sorted(missing))}) were on the "
+                    "drive: call the whole model (model(...)); if that was done, this model's order of computation cannot "
+                    "be streamed"
+                )
+
+        for module in self._model.modules():
+            own = [p for p in module._parameters.values() if p is not None]
+            if own and module not in inside:
+                shards = frozenset(self._slots[names[id(p)]][0] for p in own)
+                module.register_forward_pre_hook(functools.partial(check, shards=shards))
+
+    # --- torch's state ---------------------------------------------------------------------------------------------
+
+    def _seed_micro_batch(self, micro_batch: _MicroBatch, step: int) -> None:
+        outer = self._get_rng()
+        torch.manual_seed(micro_batch_seed(self._seed, step, micro_batch.index))
+        micro_batch.rng = self._get_rng()
+        self._set_rng(outer)
+
+    def _get_rng(self) -> tuple[torch.Tensor, ...]:
+        if self._device.torch_device.type == "cuda":
+            return torch.get_rng_state(), torch.cuda.get_rng_state(self._device.torch_device)
+        return (torch.get_rng_state(),)
+
+    def _set_rng(self, state: tuple[torch.Tensor, ...]) -> None:
+        torch.set_rng_state(state[0])
+        if len(state) > 1:
+            torch.cuda.set_rng_state(state[1], self._device.torch_device)
+
+    def _autocast(self, autocast: tuple[bool, torch.dtype]) -> torch.autocast:
+        # Without the cache: it would return casts of weights that have been replaced since.
+        enabled, dtype = autocast
+        return torch.autocast(self._device.torch_device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+    @contextlib.contextmanager
+    def _span(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._trace.record("gpu", name, started, time.perf_counter())
+
+
+def _is_float(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _float_tensors(tree: Any) -> list[torch.Tensor]:
+    return [value for value in tree_flatten(tree)[0] if _is_float(value)]
+
+
+def _loss_of(output: Any) -> torch.Tensor:
+    loss = output["loss"] if isinstance(output, dict) else getattr(output, "loss", None)
+    if loss is None and isinstance(output, tuple) and output and isinstance(output[0], torch.Tensor):
+        loss = output[0]
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise ModelError("the model returned no loss although labels were given")
+    return loss
+
+
+# transformers collects router logits and the like through hooks into a dict of lists held by a private context
+# variable; without it (older versions) models return them in their outputs.
+
+
+def _collector_variable() -> Any:
+    try:
+        from transformers.utils.output_capturing import _active_collector as variable
+    except ImportError:
+        return None
+    return variable
+
+
+def _active_collector() -> dict[str, list[Any]] | None:
+    variable = _collector_variable()
+    found = variable.get() if variable is not None else None
+    return {k: v for k, v in found.items() if isinstance(v, list)} if found is not None else None
+
+
+def _activate_collector(collected: Mapping[str, int]) -> tuple[dict[str, list[Any]] | None, Any]:
+    """A collector of our own for a layer's recomputation, and what `_deactivate_collector` takes."""
+    variable = _collector_variable()
+    if variable is None:
+        return None, None
+    collector: dict[str, list[Any]] = {key: [] for key in collected}
+    return collector, variable.set(collector if collected else None)
+
+
+def _deactivate_collector(token: Any) -> None:
+    variable = _collector_variable()
+    if variable is not None and token is not None:
+        variable.reset(token)
+
+
+def _collected(collector: dict[str, list[Any]] | None, counts: Mapping[str, int]) -> list[torch.Tensor]:
+    """The float tensors among the last `counts[key]` entries of each key."""
+    if not collector:
+        return []
+    return [v for key, n in counts.items() for v in collector[key][len(collector[key]) - n :] if _is_float(v)]
+
+
+def _replace_collected(
+    collector: dict[str, list[Any]] | None, counts: Mapping[str, int], values: list[torch.Tensor]
+) -> None:
+    for key, n in counts.items() if collector else ():
+        entries = collector[key]  # type: ignore[index]
+        for i in range(len(entries) - n, len(entries)):
+            if _is_float(entries[i]):
+                entries[i] = values.pop(0)

@@ -1,0 +1,199 @@
+"""Weights on their way in: read ahead in the order in which blocks will be visited, handed out, given back.
+
+A shard whose optimizer step is still to come gets it on the way: the read is the update's read, and the block computes
+with what the update leaves.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fuyou.executor.device import Device, Ready, nothing_to_wait_for
+from io_engine import BudgetError, Buffer, BufferPool, Engine, Store, Transfer
+from optim import OffloadedAdamW, ShardLayout, UpdateJob
+
+
+class LoadedShard:
+    """A shard's weights in host memory, shared by whoever holds a reference."""
+
+    def __init__(self, layout: ShardLayout, buffer: Buffer) -> None:
+        self.layout = layout
+        self.buffer = buffer
+        self.array: npt.NDArray[np.uint8] = buffer.array[: layout.weight_bytes]
+        self.transfer: Transfer | None = None
+        self.job: UpdateJob | None = None
+        self.num_references = 0
+        self.device_weights: torch.Tensor | None = None
+        self.uploaded: Ready = nothing_to_wait_for
+
+    def wait(self) -> None:
+        """Block until the weights can be computed with."""
+        if self.transfer is not None:
+            self.transfer.wait()
+        if self.job is not None:
+            self.job.wait_ready()
+
+    def host_tensor(self) -> torch.Tensor:
+        """The weights as a flat tensor of the compute dtype that shares the buffer's memory."""
+        if self.layout.compute_dtype == "bfloat16":
+            return torch.from_numpy(self.array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(self.array.view(np.float32))
+
+
+class WeightStream:
+    """Hands out shards in the announced order, reading up to `prefetch_depth` ahead.
+
+    `resident` shards are read once and stay. All buffers come from `pool`.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        store: Store,
+        pool: BufferPool,
+        layouts: Mapping[str, ShardLayout],
+        resident: frozenset[str],
+        prefetch_depth: int,
+        device: Device,
+    ) -> None:
+        self._engine, self._store, self._pool, self._device = engine, store, pool, device
+        self._layouts = dict(layouts)
+        self._resident = resident
+        self._prefetch_depth = prefetch_depth
+        self._loaded: dict[str, LoadedShard] = {}
+        self._visits: deque[str] = deque()
+        self._lock = threading.RLock()
+        self.optimizer: OffloadedAdamW | None = None
+
+    def announce(self, visits: Iterable[str]) -> None:
+        """The shards that will be acquired next, in order; replaces what was announced before."""
+        with self._lock:
+            self._drop_prefetched()
+            self._visits = deque(visits)
+            self._prefetch()
+
+    def acquire(self, name: str) -> LoadedShard:
+        """The shard's weights, ready to compute with; blocks until they are. `release` it after use."""
+        if self.optimizer is not None:
+            # Outside the lock: the update that is waited for gives its buffer back through `release`.
+            self.optimizer.wait_written(name)
+        with self._lock:
+            if self._visits and self._visits[0] == name:
+                self._visits.popleft()
+            shard = self._loaded.get(name) or self._start(name, block=True)
+            assert shard is not None
+            shard.num_references += 1
+            if name in self._resident and self.optimizer is not None:
+                self._update_resident(shard)
+            self._prefetch()
+        try:
+            shard.wait()
+        except BaseException:
+            self.release(shard)
+            raise
+        if shard.device_weights is None:
+            shard.device_weights, shard.uploaded = self._device.upload(shard.host_tensor())
+        return shard
+
+    def release(self, shard: LoadedShard) -> None:
+        """Give one reference back; the last one frees the buffer. From any thread."""
+        with self._lock:
+            shard.num_references -= 1
+            self._free_if_unused(shard)
+
+    def hand_over(self, shard: LoadedShard) -> None:
+        """The holder's reference goes to an update that writes into the weights: nobody else may get this buffer.
+
+        The update's end calls `release`.
+        """
+        with self._lock:
+            shard.device_weights = None
+            if shard.layout.name not in self._resident and self._loaded.get(shard.layout.name) is shard:
+                del self._loaded[shard.layout.name]
+
+    def forget_resident(self) -> None:
+        """Weights kept in memory are not those of the store any more: read them again at the next use."""
+        with self._lock:
+            for name in self._resident & self._loaded.keys():
+                shard = self._loaded.pop(name)
+                self._free_if_unused(shard)
+
+    def _free_if_unused(self, shard: LoadedShard) -> None:
+        name = shard.layout.name
+        current = self._loaded.get(name) is shard
+        if shard.num_references > 0 or (current and name in self._resident):
+            return
+        if current:
+            del self._loaded[name]
+        shard.uploaded()
+        shard.device_weights = None
+        shard.buffer.release()
+
+    def _drop_prefetched(self) -> None:
+        for shard in list(self._loaded.values()):
+            if shard.num_references == 0 and shard.layout.name not in self._resident:
+                if shard.transfer is not None:
+                    shard.transfer.wait()
+                self._free_if_unused(shard)
+
+    def _prefetch(self) -> None:
+        """Start reads for the next shards, in order, as far as buffers are free; never blocks."""
+        for name in list(self._visits)[: self._prefetch_depth]:
+            if name not in self._loaded and self._start(name, block=False) is None:
+                return
+
+    def _start(self, name: str, *, block: bool) -> LoadedShard | None:
+        layout, optimizer = self._layouts[name], self.optimizer
+        if optimizer is not None and not optimizer.is_written(name):
+            assert not block  # `acquire` has waited
+            return None
+        try:
+            buffer = self._acquire_buffer(layout, block)
+        except BudgetError:
+            if block:
+                raise
+            return None
+        shard = LoadedShard(layout, buffer)
+        slot = 0 if optimizer is None else optimizer.slot_of(name)
+        extent = self._store.extent(layout.weight_name, slot if self._store.num_slots(layout.weight_name) > 1 else 0)
+        shard.transfer = self._engine.read(extent, shard.array)
+        self._loaded[name] = shard
+        if optimizer is not None and optimizer.has_pending_update(name):
+            shard.num_references += 1
+            shard.job = optimizer.start_pending_update(
+                name, shard.array, [shard.transfer], lambda: self.release(shard)
+            )
+        return shard
+
+    def _acquire_buffer(self, layout: ShardLayout, block: bool) -> Buffer:
+        if not block:
+            return self._pool.acquire(layout.weight_bytes, block=False)
+        while True:
+            try:
+                return self._pool.acquire(layout.weight_bytes, block=False)
+            except BudgetError:
+                if layout.weight_bytes > self._pool.budget_bytes:
+                    raise
+            # Buffers come back through `release`, which needs the lock.
+            self._lock.release()
+            try:
+                self._pool.acquire(layout.weight_bytes, timeout_seconds=300.0).release()
+            finally:
+                self._lock.acquire()
+
+    def _update_resident(self, shard: LoadedShard) -> None:
+        """Begin the pending update of weights that stayed in memory."""
+        optimizer, name = self.optimizer, shard.layout.name
+        assert optimizer is not None
+        if optimizer.has_pending_update(name):
+            shard.device_weights = None
+            shard.num_references += 1
+            transfers = [shard.transfer] if shard.transfer is not None else []
+            shard.job = optimizer.start_pending_update(name, shard.array, transfers, lambda: self.release(shard))

@@ -1,0 +1,149 @@
+"""What this machine can do: measured in seconds, kept as data that can be edited and shared."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from fuyou.errors import ConfigError
+from io_engine import probe_directory
+from optim.kernels import AdamWScalars, adamw_split
+
+
+@dataclasses.dataclass(frozen=True)
+class HardwareProfile:
+    """Rates of one machine and one store directory."""
+
+    device: str
+    num_cores: int
+    compute_flops_per_second: float
+    """bfloat16 matrix products of a decoder layer's shape, on the device."""
+    adam_parameters_per_second: float
+    """With all update workers together."""
+    read_bytes_per_second: float
+    write_bytes_per_second: float
+    mixed_bytes_per_second: float
+    host_memory_bytes: int
+    io_reason: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The profile as JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> HardwareProfile:
+        """The profile that `to_json` described; ConfigError names a field that is unknown or missing."""
+        try:
+            return cls(**data)
+        except TypeError as error:
+            raise ConfigError(f"hardware profile: {error}") from None
+
+
+def available_host_bytes() -> int:
+    """Memory that can be taken now: what the kernel calls available, or what the cgroup leaves, if less."""
+    available = psutil.virtual_memory().available
+    for limit_file, usage_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit, usage = Path(limit_file).read_text().strip(), Path(usage_file).read_text().strip()
+        except OSError:
+            continue
+        if limit.isdigit():
+            available = min(available, max(0, int(limit) - int(usage)))
+    return int(available)
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def measure_hardware(directory: str | os.PathLike[str], device: str, compute_dtype: str = "bfloat16") -> HardwareProfile:
+    """Measure compute, Adam and the drive under `directory` (or its nearest existing parent); blocks for seconds.
+
+    The result is kept for `cached_hardware`.
+    """
+    path = _existing(Path(directory))
+    drive = probe_directory(path, num_bytes=128 * 2**20)
+    profile = HardwareProfile(
+        device=device,
+        num_cores=num_cores(),
+        compute_flops_per_second=_measure_compute(device, compute_dtype),
+        adam_parameters_per_second=_measure_adam(),
+        read_bytes_per_second=drive.read_bytes_per_second,
+        write_bytes_per_second=drive.write_bytes_per_second,
+        mixed_bytes_per_second=drive.mixed_bytes_per_second,
+        host_memory_bytes=available_host_bytes(),
+        io_reason=drive.reason,
+    )
+    cache = _cache_file(path, device, compute_dtype)
+    # A cache that cannot be written costs a measurement the next time, nothing else.
+    with contextlib.suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        partial = cache.with_suffix(f".{os.getpid()}")
+        partial.write_text(json.dumps(profile.to_json(), indent=1))
+        partial.replace(cache)
+    return profile
+
+
+def cached_hardware(
+    directory: str | os.PathLike[str], device: str, compute_dtype: str = "bfloat16"
+) -> HardwareProfile | None:
+    """What `measure_hardware` last found for this directory's file system and device, or None."""
+    try:
+        data = json.loads(_cache_file(_existing(Path(directory)), device, compute_dtype).read_text())
+        return HardwareProfile.from_json(data)
+    except (OSError, ValueError):
+        return None
+
+
+def _existing(path: Path) -> Path:
+    path = path.expanduser().absolute()
+    return next(p for p in (path, *path.parents) if p.is_dir())
+
+
+def _cache_file(path: Path, device: str, compute_dtype: str) -> Path:
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fuyou"
+    return root / f"hardware-{device.replace(':', '-')}-{compute_dtype}-{path.stat().st_dev:x}.json"
+
+
+def _measure_compute(device: str, compute_dtype: str) -> float:
+    """Best of five products of (256 x n) and (n x n) matrices."""
+    import torch
+
+    n = 1024 if device == "cpu" else 8192
+    dtype = torch.bfloat16 if compute_dtype == "bfloat16" else torch.float32
+    a = torch.ones((256 if device == "cpu" else n, n), dtype=dtype, device=device)
+    b = torch.ones((n, n), dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(5):
+        if device != "cpu":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        (a @ b).sum().item()
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * a.shape[0] * n * n / best
+
+
+def _measure_adam() -> float:
+    """Best of three updates of 4M parameters on one core."""
+    n = 4 * 2**20
+    high, low = np.full(n, 0x3F80, np.uint16), np.zeros(n, np.uint16)
+    m, v, g = (np.full(n, value, np.float32) for value in (0.0, 0.0, 0.1))
+    scalars = AdamWScalars.at_step(lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=1)
+    best = float("inf")
+    for _ in range(3):
+        started = time.perf_counter()
+        adamw_split(high, low, m, v, g, scalars)
+        best = min(best, time.perf_counter() - started)
+    return n / best

@@ -1,0 +1,472 @@
+"""Making and opening streamed models: `from_pretrained`, `from_config`, `open_store_model`, and what looks at stores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fuyou.blocks import ModelBlocks, find_blocks, meta_model
+from fuyou.building import (
+    BlockWriter,
+    checkpoint_files,
+    load_blocks,
+    random_blocks,
+    replace_by_placeholders,
+    resolve_checkpoint,
+)
+from fuyou.config import OffloadConfig
+from fuyou.errors import ConfigError, ModelError
+from fuyou.hardware import HardwareProfile, cached_hardware
+from fuyou.plan import Plan
+from fuyou.runtime import Runtime, choose_device, fingerprint, plan_for, shard_layouts, write_block
+from fuyou.trace import Trace
+from io_engine import BufferPool, Engine, ExtentSpec, PosixEngine, Store, StoreError
+from optim import DEFAULT_CHUNK_ELEMENTS, OffloadedAdamW, ShardLayout
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def from_pretrained(
+    name_or_path: str | os.PathLike[str],
+    *,
+    offload: OffloadConfig,
+    seed: int | None = None,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    trainable: Sequence[str] | None = None,
+) -> Any:
+    """A causal language model of a local folder or hub name, its weights in a store on the drive.
+
+    The object is an instance of its transformers class; `model.fuyou` holds the rest. A new store is filled from the
+    checkpoint's safetensors, one block in memory at a time; a store that holds this model already is continued at its
+    committed step, as `offload.resume` says. `seed` chooses dropout's random numbers (None: 0, or the store's).
+    `trainable` lists patterns (`re.fullmatch`) of parameters to train; None: all. Blocks until the weights are on the
+    drive.
+
+    Raises ConfigError, PlanError (budget too small), ModelError (checkpoint unusable), StoreError, OSError; nothing
+    that was in the store is lost then.
+    """
+    from transformers import AutoConfig
+
+    folder = resolve_checkpoint(name_or_path, revision)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: no usable config.json ({str(error).splitlines()[0]})") from error
+
+    def fill(model: nn.Module, blocks: ModelBlocks, write: BlockWriter) -> None:
+        load_blocks(model, blocks, folder, DTYPES[offload.compute_dtype], write)
+
+    return _open(
+        config,
+        offload,
+        source=str(name_or_path),
+        seed=seed,
+        attn_implementation=attn_implementation,
+        trainable=trainable,
+        fill=fill,
+        check=lambda: checkpoint_files(folder),
+        folder=folder,
+    )
+
+
+def from_config(
+    config: Any,
+    *,
+    offload: OffloadConfig,
+    seed: int | None = None,
+    attn_implementation: str | None = None,
+    trainable: Sequence[str] | None = None,
+) -> Any:
+    """As `from_pretrained`, with random weights made block by block from a transformers config and `seed`."""
+
+    def fill(model: nn.Module, blocks: ModelBlocks, write: BlockWriter) -> None:
+        random_blocks(model, blocks, seed or 0, write)
+
+    return _open(
+        config,
+        offload,
+        source=f"random weights, seed {seed or 0}",
+        seed=seed,
+        attn_implementation=attn_implementation,
+        trainable=trainable,
+        fill=fill,
+        check=lambda: None,
+        folder=None,
+    )
+
+
+def open_store_model(store: str | os.PathLike[str] | Sequence[str], *, host_memory: str | int | None = None) -> Any:
+    """The model of a store, from the store alone (its config is in it): for export and evaluation."""
+    directories = OffloadConfig(store=store).store_directories  # type: ignore[arg-type]
+    description = Store.peek(directories).description
+    config = _config_from(description)
+    offload = OffloadConfig(
+        store=store,  # type: ignore[arg-type]
+        host_memory=host_memory,
+        compute_dtype=description["compute_dtype"],
+        resume="must",
+        blocks=description.get("blocks_path"),
+    )
+
+    def fill(*_: Any) -> None:
+        raise StoreError(f"{directories[0]}: the store was never filled: run the command that made it again")
+
+    return _open(
+        config,
+        offload,
+        source="",
+        seed=None,
+        attn_implementation=description.get("attn_implementation"),
+        trainable=None,
+        fill=fill,
+        check=lambda: None,
+        folder=None,
+    )
+
+
+def adamw(
+    model: Any,
+    lr: float = 1e-5,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    max_grad_norm: float | None = None,
+    param_groups: Iterable[dict[str, Any]] | None = None,
+) -> OffloadedAdamW:
+    """AdamW for a streamed model, used like `torch.optim.AdamW`; its states live in the model's store.
+
+    Trains what requires a gradient now; `param_groups` as in torch (groups of `model.parameters()`). `max_grad_norm`
+    clips the global gradient norm exactly. Lays out the states at first; blocks for that. ConfigError, PlanError,
+    StoreError, OSError.
+    """
+    runtime = getattr(model, "fuyou", None)
+    if not isinstance(runtime, Runtime):
+        raise ConfigError(
+            "fuyou.AdamW needs a model of fuyou.from_pretrained or fuyou.from_config; for an ordinary model use "
+            "torch.optim.AdamW"
+        )
+    groups = (
+        list(param_groups)
+        if param_groups is not None
+        else [{"params": [p for p in model.parameters() if p.requires_grad]}]
+    )
+    try:
+        return runtime.make_optimizer(
+            groups, max_grad_norm=max_grad_norm, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
+        )
+    except ValueError as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(str(error)) from error
+
+
+def plan_model(
+    name_or_path_or_config: Any,
+    *,
+    offload: OffloadConfig,
+    batch_size: int,
+    sequence_length: int,
+    max_grad_norm: float | None = None,
+    hardware: HardwareProfile | None = None,
+) -> Plan:
+    """The plan of a training run without loading a weight; PlanError if it does not fit."""
+    config = name_or_path_or_config
+    if isinstance(config, str | os.PathLike):
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(resolve_checkpoint(config))
+    device = hardware.device if hardware is not None else choose_device(offload)
+    with meta_model(config, DTYPES[offload.compute_dtype]) as model:
+        blocks = find_blocks(model, offload.blocks)
+        layouts = shard_layouts(blocks, model, offload.compute_dtype, DEFAULT_CHUNK_ELEMENTS)
+    hidden = config.get_text_config().hidden_size
+    itemsize = DTYPES[offload.compute_dtype].itemsize
+    return plan_for(
+        blocks,
+        layouts,
+        lambda _name: True,
+        offload,
+        device=device,
+        clipping=max_grad_norm is not None,
+        micro_batch_size=offload.micro_batch_size,
+        hardware=hardware
+        if hardware is not None
+        else cached_hardware(offload.store_directories[0], device, offload.compute_dtype),
+        boundary_bytes=len(blocks.layers) * batch_size * sequence_length * hidden * itemsize,
+        num_tokens=batch_size * sequence_length,
+    )
+
+
+def inspect_store(store: str | os.PathLike[str] | Sequence[str]) -> dict[str, Any]:
+    """What a store holds, as JSON; takes no lock and writes nothing. StoreError if it is none."""
+    directories = OffloadConfig(store=store).store_directories  # type: ignore[arg-type]
+    snapshot = Store.peek(directories)
+    shards = [ShardLayout.from_json(s) for s in snapshot.description.get("shards", [])]
+    return {
+        "directories": [str(d) for d in directories],
+        "identity": snapshot.identity,
+        "step": snapshot.step,
+        "filled": bool(snapshot.state.get("filled")),
+        "numerics": snapshot.state.get("numerics", {}),
+        "optimizer": snapshot.state.get("optimizer", {}),
+        "num_parameters": sum(s.num_parameters for s in shards),
+        "shards": [
+            {
+                "name": s.name,
+                "num_parameters": s.num_parameters,
+                "weight_bytes": s.weight_bytes,
+                "state_bytes": s.state_bytes if s.state_name in snapshot.slots else 0,
+                "slot": snapshot.slots.get(s.weight_name, 0),
+                "parameters": {p.name: list(p.shape) for p in s.parameters},
+            }
+            for s in shards
+        ],
+    }
+
+
+def verify_store(store: str | os.PathLike[str] | Sequence[str]) -> list[str]:
+    """Read everything committed and compare it with its checksums; a sentence for each problem. Takes the lock."""
+    directories = OffloadConfig(store=store).store_directories  # type: ignore[arg-type]
+    with PosixEngine() as engine, Store.open(directories, engine=engine) as opened:
+        problems = opened.verify()
+        if not opened.state.get("filled"):
+            problems.append("the store was never filled: run the command that made it again")
+        return problems
+
+
+def _open(
+    config: Any,
+    offload: OffloadConfig,
+    *,
+    source: str,
+    seed: int | None,
+    attn_implementation: str | None,
+    trainable: Sequence[str] | None,
+    fill: Callable[[nn.Module, ModelBlocks, BlockWriter], None],
+    check: Callable[[], object],
+    folder: Path | None,
+) -> Any:
+    device = choose_device(offload)
+    dtype = DTYPES[offload.compute_dtype]
+    kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    with meta_model(config, dtype, **kwargs) as model:
+        blocks = find_blocks(model, offload.blocks)
+    layouts = shard_layouts(blocks, model, offload.compute_dtype, DEFAULT_CHUNK_ELEMENTS)
+    _freeze(model, trainable)
+    replace_by_placeholders(model, dtype, torch.device(device))
+    _freeze(model, trainable)
+    model.train()
+    # Refused before anything is made on the drive.
+    plan_for(
+        blocks,
+        layouts,
+        lambda _name: True,
+        offload,
+        device=device,
+        clipping=False,
+        micro_batch_size=None,
+    )
+    identity = {"fingerprint": fingerprint(config, type(model).__name__), "compute_dtype": offload.compute_dtype}
+    directories = offload.store_directories
+    engine = PosixEngine()
+    store: Store | None = None
+    try:
+        exists = Store.exists(directories)
+        _check_resume_before(offload, exists, directories[0])
+        if not exists:
+            check()  # a checkpoint that cannot be read makes no store
+        store = Store.open(directories, engine=engine) if exists else Store.create(directories, identity=identity, engine=engine)
+        if exists:
+            _check_identity(store, identity, type(model).__name__, directories[0])
+        names = set(store.names())
+        wanted = [layout for layout in layouts.values() if layout.weight_name not in names]
+        if wanted:
+            description = {
+                "model": type(model).__name__,
+                "source": source,
+                "compute_dtype": offload.compute_dtype,
+                "blocks_path": blocks.path,
+                "attn_implementation": attn_implementation,
+                "config": config.to_dict() | {"model_type": config.model_type},
+                "shards": [layout.to_json() for layout in layouts.values()],
+            }
+            store.allocate(
+                [
+                    ExtentSpec(layout.weight_name, layout.weight_bytes, piece_bytes=layout.weight_piece_bytes)
+                    for layout in wanted
+                ],
+                description=_jsonable(description),
+                prewrite=False,
+            )
+        numerics = _numerics(store, offload, seed, device)
+        if not store.state.get("filled"):
+            _fill(store, engine, model, blocks, layouts, fill, numerics)
+            resumed = f"new store in {directories[0]}, filled from {source}"
+        else:
+            resumed = f"resumed at step {store.step} from {directories[0]}"
+            if folder is not None and any(True for _ in model.buffers()):
+                _load_buffers(model, folder)
+        for note in getattr(store, "notes", ()):
+            resumed += f"; {note}"
+        if device == "cpu" and torch.get_num_threads() != numerics["num_threads"]:
+            torch.set_num_threads(numerics["num_threads"])
+            resumed += f"; compute threads set to the run's {numerics['num_threads']}"
+        runtime = Runtime(
+            model,
+            blocks,
+            layouts,
+            offload,
+            store=store,
+            engine=engine,
+            trace=Trace(),
+            device=device,
+            seed=numerics["seed"],
+            micro_batch_size=numerics["micro_batch_size"],
+            resumed=resumed,
+        )
+    except BaseException:
+        if store is not None:
+            store.close()
+        engine.close()
+        raise
+    _load_generation_config(model, folder)
+    runtime.check_resumed_step()
+    return model
+
+
+def _freeze(model: nn.Module, patterns: Sequence[str] | None) -> None:
+    import re
+
+    if patterns is None:
+        return
+    matched = 0
+    for name, parameter in model.named_parameters():
+        wanted = any(re.fullmatch(pattern, name) for pattern in patterns)
+        parameter.requires_grad_(wanted)
+        matched += wanted
+    if not matched:
+        raise ConfigError(f"trainable={list(patterns)!r}: no parameter of this model matches")
+
+
+def _check_resume_before(offload: OffloadConfig, exists: bool, directory: Path) -> None:
+    if offload.resume == "never" and exists:
+        raise StoreError(
+            f'{directory} holds a run already and resume="never": name another directory, or resume="auto" to continue it'
+        )
+    if (offload.resume == "must" or isinstance(offload.resume, int)) and not exists:
+        raise StoreError(f"{directory} holds no run to resume (resume={offload.resume!r})")
+
+
+def _check_identity(store: Store, identity: dict[str, str], model_class: str, directory: Path) -> None:
+    if store.identity.get("fingerprint") != identity["fingerprint"]:
+        found = store.description.get("model", "another model") if store.description else "another model"
+        source = store.description.get("source", "") if store.description else ""
+        raise StoreError(
+            f"{directory} belongs to another model ({found}, {source}), not to this {model_class}: name another directory for "
+            "this run, or open that model"
+        )
+    if store.identity.get("compute_dtype") != identity["compute_dtype"]:
+        raise StoreError(
+            f"{directory} was made with compute_dtype={store.identity.get('compute_dtype')!r}, this run asks for "
+            f"{identity['compute_dtype']!r}: a run keeps its numerics; use the former or another directory"
+        )
+
+
+def _numerics(store: Store, offload: OffloadConfig, seed: int | None, device: str) -> dict[str, Any]:
+    """The run's numerics: those of the store, or new ones. ConfigError names both where they conflict."""
+    stored = store.state.get("numerics") if store.state.get("filled") else None
+    if stored is None:
+        return {
+            "seed": seed or 0,
+            "micro_batch_size": offload.micro_batch_size,
+            "num_threads": torch.get_num_threads(),
+            "device": torch.device(device).type,
+        }
+    assert isinstance(stored, dict)
+    for field, asked in (("seed", seed), ("micro_batch_size", offload.micro_batch_size)):
+        if asked is not None and asked != stored[field]:
+            raise ConfigError(
+                f"{field}={asked!r} conflicts with the run's {field}={stored[field]!r}, fixed when it was created: leave it "
+                "out, or begin a new run in another directory"
+            )
+    return dict(stored)
+
+
+def _fill(
+    store: Store,
+    engine: Engine,
+    model: nn.Module,
+    blocks: ModelBlocks,
+    layouts: dict[str, ShardLayout],
+    fill: Callable[[nn.Module, ModelBlocks, BlockWriter], None],
+    numerics: dict[str, Any],
+) -> None:
+    checksums: dict[str, str] = {}
+    largest = max(layout.weight_bytes for layout in layouts.values())
+    with BufferPool(largest + 2 * 2**20, name="loading") as pool:
+
+        def write(block: Any, values: dict[str, torch.Tensor]) -> None:
+            if block.name in layouts:
+                layout = layouts[block.name]
+                checksums[layout.weight_name] = write_block(store, engine, layout, values, pool)
+
+        fill(model, blocks, write)
+    store.commit(
+        step=0,
+        slots={name: 0 for name in checksums},
+        checksums=checksums,
+        state={**store.state, "filled": True, "numerics": numerics},
+    )
+
+
+def _load_buffers(model: nn.Module, folder: Path) -> None:
+    """Persistent buffers are not in the store: they come from the checkpoint, as at first."""
+    from safetensors import safe_open
+
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    wanted = [name for name in nn.Module.state_dict(model) if name not in parameters]
+    if not wanted:
+        return
+    buffers = dict(model.named_buffers())
+    for file in checkpoint_files(folder):
+        with safe_open(file, framework="pt") as opened:
+            for key in set(opened.keys()) & set(wanted):
+                buffers[key].copy_(opened.get_tensor(key))
+
+
+def _load_generation_config(model: Any, folder: Path | None) -> None:
+    if folder is None or not (folder / "generation_config.json").is_file():
+        return
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def _config_from(description: dict[str, Any]) -> Any:
+    from transformers import AutoConfig
+
+    data = dict(description["config"])
+    return AutoConfig.for_model(data.pop("model_type"), **data)
+
+
+def _jsonable(data: dict[str, Any]) -> dict[str, Any]:
+    import json
+
+    return dict(json.loads(json.dumps(data, default=str)))
+
+
+__all__ = [
+    "adamw",
+    "from_config",
+    "from_pretrained",
+    "inspect_store",
+    "open_store_model",
+    "plan_model",
+    "verify_store",
+]

@@ -1,0 +1,495 @@
+"""Recipes: what `fuyou train` and `fuyou plan` are asked to do, as YAML checked by frozen typed models.
+
+Relative paths in a recipe are relative to the current directory. `--set section.key=value` overrides one value.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+
+from fuyou.config import OffloadConfig
+from fuyou.errors import ConfigError
+
+Positive = Annotated[int, pydantic.Field(gt=0)]
+NotNegative = Annotated[int, pydantic.Field(ge=0)]
+Text = Annotated[str, pydantic.Field(min_length=1)]
+
+
+class _Section(pydantic.BaseModel):
+    # strict: 1.0 is no whole number and "yes" is no truth value; a recipe means what it says.
+    model_config = pydantic.ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelSection(_Section):
+    """Which model: pretrained (`name_or_path`), or random weights (`config`)."""
+
+    name_or_path: Text | None = None
+    """A folder with config.json and safetensors, or a name on the Hugging Face hub."""
+    config: dict[str, Any] | None = None
+    """Random weights from a config of transformers: `model_type` and any of its fields."""
+    revision: Text | None = None
+    """Branch, tag or commit on the hub."""
+    attn_implementation: Text | None = None
+    """"sdpa", "eager" or another that transformers knows. Left out: the model's own choice."""
+
+    @pydantic.model_validator(mode="after")
+    def _one_source(self) -> ModelSection:
+        if (self.name_or_path is None) == (self.config is None):
+            raise ValueError("give either name_or_path (pretrained weights) or config (random weights)")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("config.model_type is missing: name an architecture, such as model_type: llama")
+        if self.config is not None and self.revision is not None:
+            raise ValueError("revision belongs to name_or_path; config has none")
+        return self
+
+
+class DataSection(_Section):
+    """Which rows, and what in them is learned."""
+
+    file: Text | list[Text] | None = None
+    """One or several local files."""
+    hub: Text | None = None
+    """A data set on the Hugging Face hub, or a local folder that `datasets.load_dataset` understands."""
+    hub_config: Text | None = None
+    """The configuration of a hub data set that has several."""
+    format: Literal["jsonl", "json", "csv", "parquet", "text"] | None = None
+    """Of `file`. Left out: told by the ending of the name."""
+    split: Text = "train"
+    """Split of a hub data set; slices such as "train[:1000]" are allowed."""
+    messages_field: Text | None = None
+    """Column with chat rows: a list of {role, content}. Left out: `messages`, if there is such a column."""
+    prompt_field: Text | None = None
+    """Column with the prompt. Left out: `prompt`."""
+    completion_field: Text | None = None
+    """Column with the completion. Left out: `completion`."""
+    text_field: Text | None = None
+    """Column with plain text. Left out: `text`."""
+    chat_template: bool | None = None
+    """Wrap prompt and completion in the tokenizer's chat template. Left out: if it has one."""
+    completion_only_loss: bool | None = None
+    """Learn only the answers. Left out: true for prompt and completion, false for chat rows and plain text."""
+    tokenizer: Text | None = None
+    """Folder or hub name of the tokenizer; "bytes" for trials with random weights. Left out: the model's own."""
+    max_length: Annotated[int, pydantic.Field(ge=2)] = 1024
+    """Rows are cut to this many tokens."""
+    packing: bool = False
+    """Only `off`: one row a sequence."""
+    eval_file: Text | list[Text] | None = None
+    """Rows to be evaluated, same columns as `file`."""
+    eval_split: Text | None = None
+    """Split of the hub data set to be evaluated."""
+    eval_fraction: Annotated[float, pydantic.Field(gt=0, lt=1)] | None = None
+    """Share of the rows that is held out and evaluated instead of learned."""
+    shuffle: bool = True
+    """Draw the rows in a new order every epoch; false: as they come."""
+    shuffle_seed: NotNegative | None = None
+    """Seed of that order and of what is held out. Left out: training.seed."""
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> DataSection:
+        if (self.file is None) == (self.hub is None):
+            raise ValueError("give either file (local files) or hub (a data set on the hub)")
+        if self.file == [] or self.eval_file == []:
+            raise ValueError("an empty list of files: name at least one")
+        if self.hub is None and (self.hub_config is not None or self.eval_split is not None):
+            raise ValueError("hub_config and eval_split belong to hub; use eval_file with file")
+        if sum(option is not None for option in (self.eval_file, self.eval_split, self.eval_fraction)) > 1:
+            raise ValueError("give one of eval_file, eval_split and eval_fraction")
+        if self.packing:
+            raise ValueError(
+                "packing: on is not supported by this version (sequences of one row must not see each other); "
+                "leave it off"
+            )
+        pair = self.prompt_field is not None or self.completion_field is not None
+        if (self.messages_field is not None) + pair + (self.text_field is not None) > 1:
+            raise ValueError("give one of messages_field, prompt_field with completion_field, and text_field")
+        if self.text_field is not None and self.completion_only_loss:
+            raise ValueError("completion_only_loss: true needs answers; rows of plain text have none")
+        return self
+
+
+class OffloadSection(_Section):
+    """Where weights and optimizer states live and how much memory may be used (fields of fuyou.OffloadConfig)."""
+
+    store: Text | list[Text]
+    """Directory of the store, or one per drive. Made if missing."""
+    device: Text | None = None
+    """"cuda", "cuda:0" or "cpu". Left out: cuda if there is one."""
+    gpu_memory: Text | int | None = None
+    """Such as "22GiB". Left out: what is free, less a margin."""
+    host_memory: Text | int | None = None
+    """Such as "48GiB". Left out: what is free, less a margin."""
+    compute_dtype: Text = "bfloat16"
+    """"bfloat16" or "float32"."""
+    moment_dtype: Text = "float32"
+    """"float32"."""
+    frozen_dtype: Text = "bfloat16"
+    """"bfloat16"."""
+    micro_batch_size: int | None = None
+    """Rows computed at once. Left out: training.per_device_train_batch_size."""
+    durability: Text | None = None
+    """"step". Left out: planned."""
+    resume: Text | int = "auto"
+    """"auto", "never", "must" or the number of a step."""
+    io: Text = "auto"
+    """"auto" or "posix"."""
+    plan: Text | dict[str, Any] | None = None
+    """A plan to be followed, or the name of its JSON file (`fuyou plan RECIPE --json`). Left out: planned."""
+    blocks: Text | None = None
+    """Module path of the list of decoder layers, where it is not found by itself."""
+
+
+class OptimizerSection(_Section):
+    """AdamW; names as in transformers.TrainingArguments."""
+
+    learning_rate: Annotated[float, pydantic.Field(ge=0)] = 1e-5
+    """Highest learning rate of the schedule."""
+    adam_beta1: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.9
+    """Decay of the first moment."""
+    adam_beta2: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.999
+    """Decay of the second moment."""
+    adam_epsilon: Annotated[float, pydantic.Field(gt=0)] = 1e-8
+    """Added to the denominator."""
+    weight_decay: Annotated[float, pydantic.Field(ge=0)] = 0.01
+    """Decoupled weight decay, on all trainable weights."""
+
+
+Scheduler = Literal[
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
+
+
+class TrainingSection(_Section):
+    """How long and in which steps; names as in transformers.TrainingArguments."""
+
+    max_steps: Positive | None = None
+    """Optimizer steps of the whole run."""
+    num_train_epochs: Annotated[float, pydantic.Field(gt=0)] | None = None
+    """Passes over the rows, instead of max_steps."""
+    per_device_train_batch_size: Positive = 1
+    """Rows of a micro-batch."""
+    gradient_accumulation_steps: Positive = 1
+    """Micro-batches of a step."""
+    per_device_eval_batch_size: Positive | None = None
+    """Rows evaluated at once. Left out: per_device_train_batch_size."""
+    max_grad_norm: Annotated[float, pydantic.Field(ge=0)] | None = 1.0
+    """The gradient's global norm is clipped to this; 0 or null: not at all."""
+    lr_scheduler_type: Scheduler = "linear"
+    """Course of the learning rate."""
+    warmup_steps: NotNegative = 0
+    """Steps until the learning rate is reached."""
+    warmup_ratio: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
+    """The same as a share of all steps, instead of warmup_steps."""
+    logging_steps: Positive = 1
+    """Where the output is no terminal, a line is printed every so many steps."""
+    eval_steps: Positive | None = None
+    """Evaluate every so many steps. Left out: only at the end."""
+    eval_on_start: bool = False
+    """Evaluate before the first step, too."""
+    seed: NotNegative = 0
+    """Of dropout, of random weights and, unless data.shuffle_seed is given, of the order of rows."""
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> TrainingSection:
+        if (self.max_steps is None) == (self.num_train_epochs is None):
+            raise ValueError("give either max_steps or num_train_epochs")
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError("give warmup_steps or warmup_ratio, not both")
+        return self
+
+
+class OutputSection(_Section):
+    """What the run leaves behind, besides the store."""
+
+    dir: Text
+    """Folder of metrics.jsonl, recipe.yaml and the exported model."""
+    export: bool = True
+    """Write the trained model to dir/model at the end, as plain safetensors with its tokenizer."""
+
+
+class Recipe(_Section):
+    """One run."""
+
+    model: ModelSection
+    data: DataSection
+    offload: OffloadSection
+    optimizer: OptimizerSection = OptimizerSection()
+    training: TrainingSection
+    output: OutputSection
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.model.config is not None and self.data.tokenizer is None:
+            raise ValueError(
+                "data.tokenizer is missing: a model with random weights has none of its own; "
+                'name a folder, or "bytes"'
+            )
+        if self.training.eval_steps is not None and not self.has_evaluation:
+            raise ValueError(
+                "training.eval_steps is given but nothing is held out: add data.eval_fraction, data.eval_file or "
+                "data.eval_split"
+            )
+        return self
+
+    @property
+    def has_evaluation(self) -> bool:
+        """Whether rows are held out."""
+        data = self.data
+        return data.eval_file is not None or data.eval_split is not None or data.eval_fraction is not None
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of one optimizer step."""
+        return self.training.per_device_train_batch_size * self.training.gradient_accumulation_steps
+
+    @property
+    def shuffle_seed(self) -> int:
+        """Seed of the order of rows."""
+        return self.training.seed if self.data.shuffle_seed is None else self.data.shuffle_seed
+
+    @property
+    def max_grad_norm(self) -> float | None:
+        """The limit of the gradient's norm; None: no clipping."""
+        return self.training.max_grad_norm or None
+
+    def offload_config(self, *, resume: str | int | None = None) -> OffloadConfig:
+        """The `offload` section as fuyou.OffloadConfig; ConfigError names the field. `resume` overrides the recipe's."""
+        values = self.offload.model_dump()
+        values["micro_batch_size"] = (
+            self.training.per_device_train_batch_size
+            if self.offload.micro_batch_size is None
+            else self.offload.micro_batch_size
+        )
+        if resume is not None:
+            values["resume"] = resume
+        if isinstance(values["plan"], str):
+            values["plan"] = read_json(values["plan"], "offload.plan")
+        try:
+            return OffloadConfig(**values)
+        except ConfigError as error:
+            # OffloadConfig's messages begin with the name of the field, so this is the dotted path.
+            raise ConfigError(f"offload.{error}") from None
+
+
+def read_json(path: str | os.PathLike[str], field: str) -> dict[str, Any]:
+    """The object in a JSON file; ConfigError names `field` if it cannot be read or is something else."""
+    try:
+        value = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{field}={os.fspath(path)!r}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{field}={os.fspath(path)!r}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe file, applies `--set` overrides ("section.key=value", the value as YAML) and checks it all.
+
+    ConfigError lists every wrong key and value by its dotted path.
+    """
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error})"
+        raise ConfigError(f"recipe {os.fspath(path)!r} cannot be read: {reason}") from None
+    values = _parse_yaml(text, f"recipe {os.fspath(path)!r}")
+    if not isinstance(values, dict):
+        found = "nothing" if values is None else type(values).__name__
+        raise ConfigError(f"recipe {os.fspath(path)!r}: expected sections (model:, data:, ...), found {found}")
+    for override in overrides:
+        _apply_override(values, override)
+    return parse_recipe(values)
+
+
+def parse_recipe(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain dictionaries; ConfigError lists every wrong key and value by its dotted path."""
+    if "lora" in values:
+        raise ConfigError(
+            "lora: comes later: not supported by this version; remove the section to train all weights"
+        )
+    try:
+        return Recipe.model_validate(dict(values))
+    except pydantic.ValidationError as error:
+        problems = _explain(error)
+    raise ConfigError(problems[0] if len(problems) == 1 else "\n  ".join(["the recipe has errors:", *problems]))
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML, every default written out; `load_recipe` of it gives an equal recipe."""
+    text: str = yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------------- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people write it: 1e-5 is a number (YAML 1.1 reads text), a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key_node.start_mark)
+            if key_node.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    list("-+0123456789."),
+)
+
+
+def _parse_yaml(text: str, what: str) -> Any:
+    try:
+        # _Loader is a SafeLoader: it makes plain values only.
+        return yaml.load(text, Loader=_Loader)  # noqa: S506
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        raise ConfigError(f"{what} is not valid YAML{place}: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{what} is not valid YAML: {error}") from None
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override}: expected section.key=value")
+    target = values
+    for depth, key in enumerate(keys[:-1]):
+        inner = target.get(key)
+        if inner is None:
+            inner = target[key] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override}: {'.'.join(keys[: depth + 1])} is no section but {inner!r}")
+        target = inner
+    target[keys[-1]] = _parse_yaml(text, f"the value of --set {override}")
+
+
+# -------------------------------------------------------------------------------------------------------- errors
+
+
+def _explain(error: pydantic.ValidationError) -> list[str]:
+    """One line for each wrong place, in the order of the recipe; alternatives of one field are put together."""
+    lines: dict[str, list[str]] = {}
+    values: dict[str, Any] = {}
+    for problem in error.errors():
+        path = _dotted(problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            lines[path] = [_unknown_key(problem["loc"])]
+        elif problem["type"] == "missing":
+            lines[path] = [f"{path} is missing{_field_hint(problem['loc'])}"]
+        elif problem["type"] == "value_error":
+            message = str(problem["ctx"]["error"])
+            lines.setdefault(path, []).append(f"{path}: {message}" if path else message)
+        else:
+            values[path] = problem["input"]
+            lines.setdefault(path, []).append(_expectation(problem))
+    # Of the alternatives "text or a list of text", a list with a wrong item is wrong in that item only.
+    for path in [path for path in values if any(other.startswith(f"{path}[") for other in values)]:
+        del lines[path], values[path]
+    return [
+        f"{path}={_short(values[path])}: expected {' or '.join(dict.fromkeys(parts))}" if path in values else parts[0]
+        for path, parts in lines.items()
+    ]
+
+
+def _sections() -> dict[str, type[_Section]]:
+    found: dict[str, type[_Section]] = {}
+    for name, field in Recipe.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
+            found[name] = field.annotation
+    return found
+
+
+def _known_keys(loc: Sequence[str | int]) -> Iterable[str]:
+    if not loc:
+        return Recipe.model_fields
+    section = _sections().get(str(loc[0]))
+    return section.model_fields if section is not None else ()
+
+
+def _dotted(loc: Sequence[str | int]) -> str:
+    # pydantic names the alternatives of a union in the location ("store", "list[...]", 0); a recipe has two levels.
+    path = ".".join(str(part) for part in loc[:2])
+    indices = [part for part in loc[2:] if isinstance(part, int)]
+    return path + "".join(f"[{index}]" for index in indices)
+
+
+def _unknown_key(loc: Sequence[str | int]) -> str:
+    key, parents = str(loc[-1]), loc[:-1]
+    where = "recipe" if not parents else ".".join(str(part) for part in parents)
+    full = key if not parents else f"{where}.{key}"
+    known = list(_known_keys(parents))
+    elsewhere = [f"{name}.{key}" for name, section in _sections().items() if key in section.model_fields]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if elsewhere:
+        suggestion = f"did you mean '{elsewhere[0]}'?"
+    elif near:
+        suggestion = f"did you mean '{near[0]}'?"
+    else:
+        suggestion = f"known here: {', '.join(known)}"
+    return f"unknown key '{full}' in recipe: {suggestion}"
+
+
+def _field_hint(loc: Sequence[str | int]) -> str:
+    section = _sections().get(str(loc[0]))
+    if section is None:
+        return ""
+    if len(loc) == 1:
+        return f": {section.__doc__}"
+    field = section.model_fields.get(str(loc[1]))
+    return f": {field.description}" if field is not None and field.description else ""
+
+
+_EXPECTED = {
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "string_too_short": "text that is not empty",
+    "list_type": "a list of texts",
+    "dict_type": "a section of key: value lines",
+    "model_type": "a section of key: value lines",
+    "model_attributes_type": "a section of key: value lines",
+}
+
+
+def _expectation(problem: Any) -> str:
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind in _EXPECTED:
+        return _EXPECTED[kind]
+    if kind == "literal_error":
+        return f"one of {context['expected']}"
+    words = {"greater_than": "above", "greater_than_equal": "at least", "less_than": "below", "less_than_equal": "at most"}
+    if kind in words:
+        limit = next(iter(value for key, value in context.items() if key in ("gt", "ge", "lt", "le")))
+        return f"a number {words[kind]} {limit}"
+    message: str = problem["msg"]
+    return message[0].lower() + message[1:]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,669 @@
+"""What stands behind `model.fuyou`: the store, the pools, the plan, and the model's calls led through the executor."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fuyou.blocks import Block, ModelBlocks
+from fuyou.config import OffloadConfig, parse_bytes
+from fuyou.errors import ConfigError, DataError, ModelError
+from fuyou.executor.activations import ActivationStore
+from fuyou.executor.device import Device, make_device
+from fuyou.executor.step import ForwardRecord, StepExecutor
+from fuyou.executor.weights import WeightStream
+from fuyou.exporting import export_checkpoint
+from fuyou.hardware import available_host_bytes, cached_hardware, num_cores
+from fuyou.memory import MemoryMeter
+from fuyou.plan import Plan
+from fuyou.planner import ShardSize, make_plan
+from fuyou.trace import Trace, TracingEngine
+from io_engine import (
+    BufferPool,
+    Engine,
+    Extent,
+    ExtentSpec,
+    Store,
+    StoreError,
+    combine_checksums,
+    piece_digest,
+)
+from optim import OffloadedAdamW, ShardLayout
+
+HOST_MEMORY_SHARE = 0.7
+"""Part of the memory available now that is taken when host_memory is not given."""
+
+
+def shard_layouts(
+    blocks: ModelBlocks, model: nn.Module, compute_dtype: str, chunk_elements: int
+) -> dict[str, ShardLayout]:
+    """One shard for each block that owns parameters."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return {
+        block.name: ShardLayout.of(
+            block.name, {name: shapes[name] for name in block.parameters}, compute_dtype, chunk_elements
+        )
+        for block in blocks.blocks
+        if block.parameters
+    }
+
+
+def plan_for(
+    blocks: ModelBlocks,
+    layouts: Mapping[str, ShardLayout],
+    trainable: Callable[[str], bool],
+    config: OffloadConfig,
+    *,
+    device: str,
+    clipping: bool,
+    micro_batch_size: int | None,
+    hardware: Any = None,
+    boundary_bytes: int | None = None,
+    num_tokens: int | None = None,
+) -> Plan:
+    """The plan of a model on this machine; the config's own plan, if it has one. Raises as `make_plan`."""
+    if config.plan is not None:
+        plan = config.plan if isinstance(config.plan, Plan) else Plan.from_json(config.plan)
+        if [b.name for b in plan.blocks] != list(layouts):
+            raise ConfigError("plan: its blocks are not those of this model")
+        if clipping and plan.update_window == "backward":
+            raise ConfigError('plan: update_window="backward" cannot clip; use "forward" or max_grad_norm=None')
+        return plan
+    if config.host_memory is not None:
+        host_bytes, reason = parse_bytes(config.host_memory, "host_memory"), "as given"
+    else:
+        available = available_host_bytes()
+        host_bytes = int(available * HOST_MEMORY_SHARE)
+        reason = f"{HOST_MEMORY_SHARE:.0%} of what is available now"
+    sizes = []
+    for block in blocks.blocks:
+        layout = layouts.get(block.name)
+        if layout is None:
+            continue
+        sizes.append(
+            ShardSize(
+                name=block.name,
+                kind=block.kind,
+                num_parameters=layout.num_parameters,
+                trainable=any(trainable(name) for name in block.parameters),
+                weight_bytes=layout.weight_bytes,
+                state_bytes=layout.state_bytes,
+                gradient_bytes=layout.gradient_bytes,
+                record_bytes=layout.full_record_bytes,
+                gradient_chunk_bytes=layout.gradient_range(0)[1],
+                borrowed_bytes=sum(layouts[b].weight_bytes for b in block.borrows),
+                borrowed=block.borrows,
+            )
+        )
+    return make_plan(
+        sizes,
+        device=device,
+        compute_dtype=config.compute_dtype,
+        host_memory_bytes=host_bytes,
+        host_memory_reason=reason,
+        micro_batch_size=micro_batch_size,
+        clipping=clipping,
+        num_cores=num_cores(),
+        hardware=hardware,
+        boundary_bytes=boundary_bytes,
+        num_tokens=num_tokens,
+    )
+
+
+def choose_device(config: OffloadConfig) -> str:
+    """The device's name; ConfigError if CUDA is asked for and not there."""
+    if config.device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f'device="{config.device}": torch {torch.__version__} sees no CUDA device; use device="cpu"')
+    return config.device
+
+
+class Runtime:
+    """`model.fuyou`. Everything here belongs to one model and one store, until `close`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: ModelBlocks,
+        layouts: Mapping[str, ShardLayout],
+        config: OffloadConfig,
+        *,
+        store: Store,
+        engine: Engine,
+        trace: Trace,
+        device: str,
+        seed: int,
+        micro_batch_size: int | None,
+        resumed: str,
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.trace = trace
+        self.resumed = resumed
+        self.blocks = blocks
+        self.layouts = dict(layouts)
+        self.optimizer: OffloadedAdamW | None = None
+        self._model = model
+        self._engine = TracingEngine(engine, trace)
+        self._device_name = device
+        self._seed = seed
+        self._micro_batch_size = micro_batch_size
+        self._device: Device = make_device(device, trace)
+        self._meter = MemoryMeter()
+        self._queued: list[tuple[Mapping[str, Any], float]] = []
+        self._queued_scales: list[float] = []
+        self._micro_batches_of_step = (-1, 0)
+        self._closed = False
+        self._metrics: dict[str, Any] = {}
+        self._step_started = time.perf_counter()
+        self._step_loss, self._step_tokens = 0.0, 0
+        self._counted = (0, 0)
+        self._pools: list[BufferPool] = []
+        self.plan = self._make_plan(clipping=False)
+        self._executor = StepExecutor(
+            model,
+            blocks,
+            layouts,
+            device=self._device,
+            trace=trace,
+            seed=seed,
+        )
+        self._build_pools()
+        self._take_over_model()
+
+    # --- what users call -----------------------------------------------------------------------------------------
+
+    @property
+    def committed_step(self) -> int:
+        """The last step that a crash cannot take back."""
+        return self.store.step
+
+    def flush(self) -> None:
+        """Block until every optimizer step taken is committed."""
+        self._check_open()
+        self._executor.discard()
+        if self.optimizer is not None:
+            self.optimizer.flush()
+
+    def close(self) -> None:
+        """Flush, then release the store and all memory. Idempotent; the model cannot be used afterwards."""
+        if self._closed:
+            return
+        try:
+            self.flush()
+        finally:
+            self.abandon()
+
+    def abandon(self) -> None:
+        """Close without finishing pending updates; the store stays at its committed step. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._engine.close)
+            stack.callback(self.store.close)
+            for pool in self._pools:
+                stack.callback(pool.close, force=True)
+            stack.callback(self._meter.close)
+            if self.optimizer is not None:
+                stack.callback(self.optimizer.close)
+            stack.callback(self._executor.discard)
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abandon()
+
+    def step_metrics(self) -> dict[str, Any]:
+        """Figures of the last optimizer step, as in a line of metrics.jsonl; empty before the first."""
+        return dict(self._metrics) | ({"committed_step": self.committed_step} if self._metrics else {})
+
+    def export(self, folder: str) -> None:
+        """Write the current weights as a plain transformers checkpoint, block by block; flushes first."""
+        self.flush()
+
+        def read_block(block: Block) -> dict[str, torch.Tensor]:
+            with self._block_on_host(block.name) as tensors:
+                return {name: tensor.clone() for name, tensor in tensors.items()}
+
+        export_checkpoint(self._model, self.blocks, read_block, folder)
+
+    def check_resumed_step(self) -> None:
+        """StoreError (after closing) if `resume` names another step than the committed one."""
+        wanted = self.config.resume
+        if isinstance(wanted, int) and not isinstance(wanted, bool) and wanted != self.store.step:
+            step = self.store.step
+            self.abandon()
+            raise StoreError(f"resume={wanted}: the store stands at step {step}, and keeps no other")
+
+    # --- the optimizer ---------------------------------------------------------------------------------------------
+
+    def make_optimizer(
+        self, groups: Iterable[Any], *, max_grad_norm: float | None, **hyperparameters: Any
+    ) -> OffloadedAdamW:
+        """Lay out the states of what requires gradients now, make the plan final, and build the optimizer."""
+        self._check_open()
+        if self.optimizer is not None:
+            raise ConfigError("this model has an optimizer already: use it, or open the model again")
+        known = dict(self._model.named_parameters())
+        foreign = [name for name in known if name not in self._executor.parameter_names]
+        if foreign:
+            raise ConfigError(
+                f"{len(foreign)} parameters were added to the model (first {foreign[0]}): adapters are not supported by this "
+                "version; train the model's own weights"
+            )
+        plan = self._make_plan(clipping=max_grad_norm is not None)
+        trained = [b.name for b in plan.blocks if b.trainable]
+        if not trained:
+            raise ConfigError("no parameter requires a gradient: there is nothing to train")
+        self._lay_out_states(trained)
+        self.plan = plan
+        self._build_pools()
+        resident_states = {
+            b.name: self._records.acquire(self.layouts[b.name].state_bytes) for b in plan.blocks if b.states_in_host
+        }
+        names = {p: name for name, p in known.items() if p.requires_grad}
+        optimizer = OffloadedAdamW(
+            groups,
+            names=names,
+            shards=[self.layouts[name] for name in trained],
+            store=self.store,
+            engine=self._engine,
+            records=self._records,
+            gradients=self._gradients,
+            window=plan.update_window,
+            spilled=frozenset(b.name for b in plan.blocks if b.gradient == "spill"),
+            resident_states=resident_states,
+            num_workers=plan.num_update_workers,
+            record=self.trace.record,
+            load_shard=self._load_shard,
+            drop_resident_weights=self._weights.forget_resident,
+            max_grad_norm=max_grad_norm,
+            **hyperparameters,
+        )
+        optimizer.register_step_post_hook(self._after_step)
+        self.optimizer = optimizer
+        self._weights.optimizer = optimizer
+        self._executor.optimizer = optimizer
+        self._step_started = time.perf_counter()
+        self._counted = (self._engine.bytes_read, self._engine.bytes_written)
+        self._meter.take_peak()
+        return optimizer
+
+    def _lay_out_states(self, trained: list[str]) -> None:
+        present = set(self.store.names())
+        missing = [self.layouts[name] for name in trained if self.layouts[name].state_name not in present]
+        if not missing:
+            return
+        specs = [
+            ExtentSpec(layout.state_name, layout.state_bytes, 2, piece_bytes=layout.full_record_bytes)
+            for layout in missing
+        ]
+        self.store.allocate(specs, second_slots_for=[layout.weight_name for layout in missing])
+
+    def _make_plan(self, *, clipping: bool) -> Plan:
+        trainable = {name for name, p in self._model.named_parameters() if p.requires_grad}
+        return plan_for(
+            self.blocks,
+            self.layouts,
+            trainable.__contains__,
+            self.config,
+            device=self._device_name,
+            clipping=clipping,
+            micro_batch_size=self._micro_batch_size,
+            hardware=cached_hardware(
+                self.config.store_directories[0], self._device_name, self.config.compute_dtype
+            ),
+        )
+
+    def _build_pools(self) -> None:
+        for pool in self._pools:
+            pool.close()
+        register = unregister = None
+        if self._device_name != "cpu":
+            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+            def register(address: int, num_bytes: int) -> None:
+                torch.cuda.check_error(int(runtime.cudaHostRegister(address, num_bytes, 0)))
+
+            def unregister(address: int) -> None:
+                torch.cuda.check_error(int(runtime.cudaHostUnregister(address)))
+
+        def pool(name: str, budget_bytes: int) -> BufferPool:
+            made = BufferPool(max(4096, budget_bytes), name=name, register=register, unregister=unregister)
+            self._pools.append(made)
+            return made
+
+        self._pools = []
+        plan = self.plan
+        weights = pool("weights", plan.weight_pool_bytes)
+        self._gradients = pool("gradients", plan.gradient_pool_bytes)
+        self._records = pool("records", plan.record_pool_bytes)
+        activations = pool("activations", plan.activation_pool_bytes)
+        self._weights = WeightStream(
+            engine=self._engine,
+            store=self.store,
+            pool=weights,
+            layouts=self.layouts,
+            resident=frozenset(b.name for b in plan.blocks if b.weights_in_host),
+            prefetch_depth=plan.prefetch_depth,
+            device=self._device,
+        )
+        self._activations = ActivationStore(
+            pool=activations, engine=self._engine, scratch=self._scratch, device=self._device
+        )
+        self._executor.use(self._weights, self._activations)
+
+    def _scratch(self, name: str, num_bytes: int) -> Extent:
+        return self.store.scratch(name, num_bytes)
+
+    def _load_shard(self, name: str) -> None:
+        """Bring a shard in as a forward pass would; an update that is pending for it begins."""
+        self._weights.release(self._weights.acquire(name))
+
+    # --- the model's calls -------------------------------------------------------------------------------------------
+
+    def _take_over_model(self) -> None:
+        model = self._model
+        plain = type(model).forward
+        self._signature = inspect.signature(plain)
+
+        @functools.wraps(plain.__get__(model))
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            return self._forward(*args, **kwargs)
+
+        def to(*args: Any, **kwargs: Any) -> nn.Module:
+            device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+            wanted = None if device is None else torch.device(device)
+            if dtype not in (None, model.dtype) or (
+                wanted is not None and wanted.type != self._device.torch_device.type
+            ):
+                raise ModelError(
+                    f"a streamed model cannot be moved to {device or dtype}: choose device and compute_dtype in OffloadConfig"
+                )
+            return model
+
+        def save_pretrained(save_directory: str, *_args: Any, **_kwargs: Any) -> None:
+            self.export(save_directory)
+
+        def state_dict(*_args: Any, **_kwargs: Any) -> Any:
+            raise ModelError(
+                "state_dict() of a streamed model would hold every weight in memory: use model.save_pretrained(folder) to "
+                "export it, optimizer.state_of(name) to look at one parameter"
+            )
+
+        replacements: dict[str, Callable[..., Any]] = {
+            "forward": forward,
+            "to": to,
+            "save_pretrained": save_pretrained,
+            "state_dict": state_dict,
+        }
+        for name, function in replacements.items():
+            object.__setattr__(model, name, function)
+        object.__setattr__(model, "fuyou", self)
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Any:
+        self._check_open()
+        bound = self._signature.bind(self._model, *args, **kwargs)
+        arguments: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            kind = self._signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_KEYWORD:
+                arguments |= value
+            elif name != "self":
+                arguments[name] = value
+        arguments = {
+            name: value.to(self._device.torch_device) if isinstance(value, torch.Tensor) else value
+            for name, value in arguments.items()
+        }
+        self._check_tokens(arguments)
+        if torch.is_grad_enabled() and self.optimizer is not None:
+            return self._train(arguments)
+        return self._infer(arguments)
+
+    def _train(self, arguments: dict[str, Any]) -> Any:
+        assert self.optimizer is not None
+        if arguments.get("labels") is None:
+            raise ModelError(
+                "training needs labels in the call (model(input_ids=..., labels=...)): losses computed outside of the model are "
+                "not supported by this version. For outputs without gradients use torch.no_grad()"
+            )
+        if torch.is_autocast_enabled(self._device.torch_device.type) and (
+            torch.get_autocast_dtype(self._device.torch_device.type) == torch.float16
+        ):
+            raise ConfigError("float16 autocast needs a gradient scaler, which is not supported: use bfloat16")
+        arguments["use_cache"] = False
+        arguments.pop("return_dict", None)
+        calls = self._split(arguments)
+        if not _sync_gradients():
+            self._queued += calls
+            return self._output(type(None), _QueuedLoss.apply(self._executor.anchor, self._queued_scales))
+        calls, self._queued = [*self._queued, *calls], []
+        self.optimizer.raise_if_broken()
+        self._executor.discard()
+        step = self.optimizer.step_count
+        first = self._micro_batches_of_step[1] if self._micro_batches_of_step[0] == step else 0
+        self._micro_batches_of_step = (step, first + len(calls))
+        record = self._executor.forward(calls, step=step, first=first)
+        loss = _Loss.apply(self._executor.anchor, self, record)
+        self._step_loss += float(record.loss)
+        self._step_tokens += sum(_num_tokens(call) for call, _ in calls)
+        return self._output(record.output_type, loss)
+
+    def _backward(self, record: ForwardRecord, scale: float) -> None:
+        scales, self._queued_scales = self._queued_scales, []
+        if any(s != scale for s in scales):
+            raise ModelError(
+                f"the losses of one accumulated step were scaled differently before backward() ({[*scales, scale]}): scale them all "
+                "alike"
+            )
+        self._executor.backward(record, scale)
+
+    def _infer(self, arguments: dict[str, Any]) -> Any:
+        self.flush()
+        size = self._micro_batch_size
+        labels = arguments.get("labels")
+        rows = arguments["input_ids"].shape[0] if isinstance(arguments.get("input_ids"), torch.Tensor) else 0
+        if size is None or rows <= size or labels is None:
+            return self._executor.infer(arguments)
+        outputs = [(self._executor.infer(call), weight) for call, weight in self._split(arguments)]
+        loss = sum(float(output.loss) * weight for output, weight in outputs)
+        logits = torch.cat([output.logits for output, _ in outputs])
+        return type(outputs[0][0])(loss=torch.tensor(loss, device=logits.device), logits=logits)
+
+    def _split(self, arguments: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], float]]:
+        """Micro-batches of at most micro_batch_size rows, each with its loss's weight: its share of the label tokens."""
+        labels = arguments["labels"]
+        counts = _num_label_tokens(labels)
+        total = int(counts.sum())
+        if total == 0:
+            raise DataError(
+                f"no label tokens in a batch of {labels.shape[0]} rows: every label is -100 (or the rows have one token), so "
+                "there is no loss; check the prompt masking and max_length"
+            )
+        rows, size = labels.shape[0], self._micro_batch_size
+        if size is None or rows <= size:
+            return [(arguments, 1.0)]
+        calls: list[tuple[Mapping[str, Any], float]] = []
+        for start in range(0, rows, size):
+            here = int(counts[start : start + size].sum())
+            if here == 0:
+                continue
+            piece = {
+                name: value[start : start + size]
+                if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == rows
+                else value
+                for name, value in arguments.items()
+            }
+            # With a given number of items the model's loss is a sum over it already.
+            weight = 1.0 if arguments.get("num_items_in_batch") is not None else here / total
+            calls.append((piece, weight))
+        return calls
+
+    def _check_tokens(self, arguments: Mapping[str, Any]) -> None:
+        ids, labels = arguments.get("input_ids"), arguments.get("labels")
+        if isinstance(ids, torch.Tensor) and ids.numel() == 0:
+            raise DataError(f"input_ids of shape {tuple(ids.shape)} hold no tokens")
+        if isinstance(labels, torch.Tensor) and isinstance(ids, torch.Tensor) and labels.shape != ids.shape:
+            raise DataError(f"labels of shape {tuple(labels.shape)} do not match input_ids of shape {tuple(ids.shape)}")
+        if self._device_name != "cpu":  # looking at values would wait for the device
+            return
+        vocabulary = self._model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        for name, tensor, low in (("input_ids", ids, 0), ("labels", labels, -100)):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
+                least, most = int(tensor.min()), int(tensor.max())
+                if least < low or most >= vocabulary:
+                    raise DataError(
+                        f"{name} range from {least} to {most}, the model's vocabulary has {vocabulary} tokens: is this the "
+                        "model's tokenizer?"
+                    )
+
+    def _output(self, output_type: type, loss: torch.Tensor) -> Any:
+        """An output of the model's class that has a loss and nothing else: logits are gone block by block."""
+        if output_type in (type(None), tuple):
+            from transformers.modeling_outputs import CausalLMOutput
+
+            return CausalLMOutput(loss=loss)
+        return output_type(loss=loss)
+
+    # --- around a step -----------------------------------------------------------------------------------------------
+
+    def _after_step(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        result = optimizer.last_step
+        if result is None or result.step == self._metrics.get("step"):
+            return
+        now = time.perf_counter()
+        trace = self.trace.end_step(result.step, self._step_started, now)
+        read, written = self._engine.bytes_read, self._engine.bytes_written
+        prediction = self.plan.prediction
+        self._metrics = {
+            "step": result.step,
+            "committed_step": self.committed_step,
+            "loss": self._step_loss,
+            "grad_norm": result.grad_norm,
+            "clipped": result.clipped,
+            "skipped": result.skipped,
+            "learning_rate": float(optimizer.param_groups[0]["lr"]),
+            "num_tokens": self._step_tokens,
+            "seconds": now - self._step_started,
+            "predicted_seconds": None if prediction is None else prediction.seconds,
+            "bytes_read": read - self._counted[0],
+            "bytes_written": written - self._counted[1],
+            "bytes_spilled": 2 * result.bytes_spilled + 2 * self._activations.bytes_spilled,
+            "peak_gpu_bytes": self._device.peak_bytes(),
+            "peak_host_bytes": self._meter.take_peak(),
+            "limiting_lane": trace.limiting_lane(),
+            "lane_seconds": trace.lane_seconds(),
+        }
+        self._activations.bytes_spilled = 0
+        self._counted = (read, written)
+        self._step_started, self._step_loss, self._step_tokens = now, 0.0, 0
+
+    @contextlib.contextmanager
+    def _block_on_host(self, name: str) -> Iterator[dict[str, torch.Tensor]]:
+        shard = self._weights.acquire(name)
+        try:
+            flat = shard.host_tensor()
+            yield {p.name: flat[p.start : p.stop].view(p.shape) for p in shard.layout.parameters}
+        finally:
+            self._weights.release(shard)
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ModelError("this model is closed: open it again with fuyou.from_pretrained(..., store=...)")
+
+
+class _Loss(torch.autograd.Function):
+    """The loss of a forward pass; its backward runs the model's."""
+
+    @staticmethod
+    def forward(ctx: Any, _anchor: torch.Tensor, runtime: Runtime, record: ForwardRecord) -> torch.Tensor:
+        ctx.runtime, ctx.record = runtime, record
+        return record.loss.float()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+        ctx.runtime._backward(ctx.record, float(gradient))
+        return None, None, None
+
+
+class _QueuedLoss(torch.autograd.Function):
+    """The zero that stands for a micro-batch which will run with the last one of its step."""
+
+    @staticmethod
+    def forward(ctx: Any, _anchor: torch.Tensor, scales: list[float]) -> torch.Tensor:
+        ctx.scales = scales
+        return torch.zeros((), device=_anchor.device)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+        ctx.scales.append(float(gradient))
+        return None, None
+
+
+def _sync_gradients() -> bool:
+    """False while accelerate (or Trainer) accumulates: this micro-batch is not its step's last."""
+    from accelerate.state import GradientState
+
+    return bool(GradientState._shared_state.get("sync_gradients", True))
+
+
+def _num_label_tokens(labels: torch.Tensor) -> torch.Tensor:
+    """Per row, the labels that a causal loss counts: the first has nothing before it."""
+    return (labels[:, 1:] != -100).sum(dim=1)
+
+
+def _num_tokens(arguments: Mapping[str, Any]) -> int:
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        return int(mask.sum())
+    return int(arguments["labels"].numel())
+
+
+def write_block(
+    store: Store, engine: Engine, layout: ShardLayout, values: Mapping[str, torch.Tensor], pool: BufferPool
+) -> str:
+    """Write a block's weights to its extent's active slot and return their checksum; blocks."""
+    weight_type = torch.bfloat16 if layout.compute_dtype == "bfloat16" else torch.float32
+    with pool.acquire(layout.weight_bytes) as buffer:
+        array = buffer.array[: layout.weight_bytes]
+        array[:] = 0
+        flat = torch.from_numpy(array.view(np.int16 if layout.compute_dtype == "bfloat16" else np.float32))
+        flat = flat.view(weight_type)
+        for p in layout.parameters:
+            value = values[p.name]
+            if not bool(torch.isfinite(value).all()):
+                raise ModelError(f"{p.name} holds NaN or infinity: this checkpoint cannot be trained")
+            flat[p.start : p.stop].copy_(value.reshape(-1))
+        engine.write(store.extent(layout.weight_name), array).wait()
+        piece = layout.weight_piece_bytes
+        digests = [piece_digest(array[at : at + piece]) for at in range(0, len(array), piece)]
+    return combine_checksums(digests)
+
+
+def fingerprint(config: Any, model_class: str) -> str:
+    """Identifies an architecture: a hash of the model's class and config without what does not shape the weights."""
+    data = {
+        k: v
+        for k, v in config.to_dict().items()
+        if k not in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache")
+        and not k.startswith("_")
+    }
+    text = json.dumps({"class": model_class, "config": data}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+

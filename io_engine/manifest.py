@@ -1,0 +1,176 @@
+"""The small files of a store: which ones there are, what they say, and reading them back after anything."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from io_engine.checksums import WHOLE_PREFIX
+from io_engine.durable import Json, decode_checked, encode_checked, read_bytes
+from io_engine.errors import StoreCorruptError, StoreError
+from io_engine.layout import FORMAT_VERSION, Layout
+
+MANIFEST_NAME = "manifest.json"
+PREVIOUS_NAME = "manifest.previous.json"
+DAMAGED_NAME = "manifest.damaged.json"
+STORE_ID_NAME = "store-id.json"
+LOCK_NAME = "lock"
+
+NUMBERED_FILE = re.compile(r"(extents|scratch)-(\d+)\.bin|(layout)-(\d+)\.json")
+"""Data, scratch and layout files, and their numbers."""
+
+TEMPORARY_FILE = re.compile(r"(manifest|manifest\.previous|store-id|layout-\d+)\.json\.tmp")
+"""What a crash may leave of the small files."""
+
+NOTHING_COMMITTED = -1
+"""The step of a store in which nothing was committed yet."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says: the one file whose replacement commits a step or a layout."""
+
+    uuid: str
+    identity: Mapping[str, Json]
+    step: int = NOTHING_COMMITTED
+    layout_name: str | None = None
+    layout_checksum: str | None = None
+    slots: Mapping[str, int] = field(default_factory=dict)
+    checksums: Mapping[str, str] = field(default_factory=dict)
+    state: Mapping[str, Json] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """Return the file's bytes; ValueError or TypeError if identity or state is not JSON."""
+        return encode_checked(
+            {
+                "format": "fuyou-store",
+                "version": FORMAT_VERSION,
+                "uuid": self.uuid,
+                "identity": dict(self.identity),
+                "step": self.step,
+                "layout": None
+                if self.layout_name is None
+                else {"file": self.layout_name, "checksum": self.layout_checksum},
+                "slots": dict(self.slots),
+                "checksums": dict(self.checksums),
+                "state": dict(self.state),
+            }
+        )
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: str) -> Manifest:
+        """Return what a file's bytes say; StoreCorruptError if they are damaged, StoreError if of another
+        format.
+        """
+        body = decode_checked(data, path)
+        check_format(body, "fuyou-store", path)
+        layout = body["layout"] or {"file": None, "checksum": None}
+        return cls(
+            uuid=body["uuid"],
+            identity=body["identity"],
+            step=body["step"],
+            layout_name=layout["file"],
+            layout_checksum=layout["checksum"],
+            slots=body["slots"],
+            checksums=body["checksums"],
+            state=body["state"],
+        )
+
+
+@dataclass(frozen=True)
+class Committed:
+    """One committed state of a store: the manifest, its bytes as on disk, and the layout it names."""
+
+    manifest: Manifest
+    manifest_bytes: bytes
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class StoreId:
+    """What store-id.json says: which store, and which of its directories this is."""
+
+    uuid: str
+    index: int
+    count: int
+
+    def to_bytes(self) -> bytes:
+        """Return the file's bytes."""
+        return encode_checked(
+            {
+                "format": "fuyou-store-id",
+                "version": FORMAT_VERSION,
+                "uuid": self.uuid,
+                "index": self.index,
+                "count": self.count,
+            }
+        )
+
+
+def check_format(body: Json, wanted_format: str, path: str) -> None:
+    """Raise StoreError unless a file's body is of the wanted format, in a version that this code reads."""
+    if not isinstance(body, dict) or body.get("format") != wanted_format:
+        raise StoreError(f"{path} is not a file of format {wanted_format!r}; give the directory of a store")
+    if body.get("version") != FORMAT_VERSION:
+        raise StoreError(
+            f"{path} has format version {body.get('version')}, this program reads version {FORMAT_VERSION}; "
+            "use the version of the program that made it"
+        )
+
+
+def read_committed(directory: str, manifest_name: str, uuid: str) -> Committed:
+    """Return what a manifest and its layout say; StoreCorruptError for damage, FileNotFoundError for no
+    manifest.
+    """
+    path = os.path.join(directory, manifest_name)
+    data = read_bytes(path)
+    manifest = Manifest.from_bytes(data, path)
+    if manifest.uuid != uuid:
+        raise StoreCorruptError(
+            f"{path} belongs to the store {manifest.uuid}, its directory to {uuid}; put the right manifest "
+            "back"
+        )
+    if manifest.layout_name is None:
+        return Committed(manifest, data, Layout())
+    layout_path = os.path.join(directory, manifest.layout_name)
+    try:
+        layout_bytes = read_bytes(layout_path)
+    except FileNotFoundError:
+        raise StoreCorruptError(
+            f"{layout_path} is missing, but {path} refers to it; restore it from a backup"
+        ) from None
+    body = decode_checked(layout_bytes, layout_path)
+    check_format(body, "fuyou-store-layout", layout_path)
+    if stored_checksum(layout_bytes) != manifest.layout_checksum:
+        raise StoreCorruptError(
+            f"{layout_path} is not the file that {path} refers to (checksum {manifest.layout_checksum}); "
+            "restore it from a backup"
+        )
+    return Committed(manifest, data, Layout.from_json(body))
+
+
+def stored_checksum(checked_bytes: bytes) -> str:
+    """Return the checksum that a checked file carries of its own body, 'xxh3:...'."""
+    start = checked_bytes.index(WHOLE_PREFIX.encode("ascii"))
+    return checked_bytes[start : start + len(WHOLE_PREFIX) + 16].decode("ascii")
+
+
+def read_newest(directory: str, uuid: str) -> tuple[Committed, str | None]:
+    """Return the newest readable committed state, and, if that is the previous one, a sentence saying why."""
+    try:
+        return read_committed(directory, MANIFEST_NAME, uuid), None
+    except (StoreCorruptError, FileNotFoundError) as error:
+        torn = error
+    try:
+        previous = read_committed(directory, PREVIOUS_NAME, uuid)
+    except (StoreCorruptError, FileNotFoundError) as error:
+        raise StoreCorruptError(
+            f"no manifest in {directory} is usable: {torn}; and {error}. Restore {MANIFEST_NAME} from a "
+            "backup, or delete the store's files and start anew"
+        ) from None
+    note = (
+        f"{MANIFEST_NAME} is not usable ({torn}); fell back to {PREVIOUS_NAME}, step {previous.manifest.step}"
+    )
+    return previous, note

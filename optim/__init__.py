@@ -1,0 +1,30 @@
+"""Adam's arithmetic and its walk over shards on the drive."""
+
+from optim.kernels import AdamWScalars
+from optim.layout import DEFAULT_CHUNK_ELEMENTS, ParameterSlot, ShardLayout
+from optim.norm import clip_coefficient, global_norm
+from optim.offloaded_adamw import (
+    NonFiniteUpdateError,
+    OffloadedAdamW,
+    ParameterState,
+    ShardGradient,
+    StepResult,
+)
+from optim.updater import Recorder, ShardUpdater, UpdateJob
+
+__all__ = [
+    "DEFAULT_CHUNK_ELEMENTS",
+    "AdamWScalars",
+    "NonFiniteUpdateError",
+    "OffloadedAdamW",
+    "ParameterSlot",
+    "ParameterState",
+    "Recorder",
+    "ShardGradient",
+    "ShardLayout",
+    "ShardUpdater",
+    "StepResult",
+    "UpdateJob",
+    "clip_coefficient",
+    "global_norm",
+]

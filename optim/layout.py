@@ -1,0 +1,179 @@
+"""How one shard's numbers lie on the drive: which parameter where, cut into chunks that are read, updated and written.
+
+A shard is the parameters of one block of a model, one behind the other, each starting at a multiple of 64 elements.
+It owns two extents: `<shard>/weight` (bfloat16 high halves, or the float32 master) and, if it is trained,
+`<shard>/state`: one record per chunk of `chunk_elements` elements, each record [low halves | m | v] (bfloat16
+compute) or [m | v] (float32 compute), rounded up to 4,096 bytes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from io_engine import ALIGNMENT_BYTES, round_up
+
+ELEMENT_ALIGNMENT = 64
+"""Parameters start at multiples of this many elements: whole vector registers, whole cache lines."""
+
+DEFAULT_CHUNK_ELEMENTS = 2 * 2**20
+"""Records of 20 MiB: large enough for full drive bandwidth, small enough for a ring of them in any budget."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterSlot:
+    """Where one parameter lies in its shard."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    """First element, a multiple of 64."""
+    num_elements: int
+
+    @property
+    def stop(self) -> int:
+        """First element behind the parameter (padding not counted)."""
+        return self.start + self.num_elements
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkViews:
+    """One record in host memory, as flat arrays of the chunk's elements that share the record's memory."""
+
+    low: npt.NDArray[np.uint16] | None
+    m: npt.NDArray[np.float32]
+    v: npt.NDArray[np.float32]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardLayout:
+    """The layout of one shard; everything in it follows from the parameters, the data type and the chunk size."""
+
+    name: str
+    parameters: tuple[ParameterSlot, ...]
+    compute_dtype: str
+    """"bfloat16" or "float32"."""
+    chunk_elements: int = DEFAULT_CHUNK_ELEMENTS
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        shapes: dict[str, tuple[int, ...]],
+        compute_dtype: str,
+        chunk_elements: int = DEFAULT_CHUNK_ELEMENTS,
+    ) -> ShardLayout:
+        """Lay the named parameters out one behind the other, in the order given."""
+        slots, start = [], 0
+        for parameter, shape in shapes.items():
+            num_elements = int(np.prod(shape, dtype=np.int64)) if shape else 1
+            slots.append(ParameterSlot(parameter, tuple(int(n) for n in shape), start, num_elements))
+            start = round_up(start + num_elements, ELEMENT_ALIGNMENT)
+        return cls(name, tuple(slots), compute_dtype, chunk_elements)
+
+    @property
+    def weight_name(self) -> str:
+        """Name of the weight extent."""
+        return f"{self.name}/weight"
+
+    @property
+    def state_name(self) -> str:
+        """Name of the state extent."""
+        return f"{self.name}/state"
+
+    @property
+    def num_elements(self) -> int:
+        """Elements with padding, a multiple of 64."""
+        last = self.parameters[-1]
+        return round_up(last.stop, ELEMENT_ALIGNMENT)
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements without padding."""
+        return sum(p.num_elements for p in self.parameters)
+
+    @property
+    def weight_itemsize(self) -> int:
+        """Bytes of one stored weight."""
+        return 2 if self.compute_dtype == "bfloat16" else 4
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weight extent, a multiple of 4,096."""
+        return round_up(self.num_elements * self.weight_itemsize, ALIGNMENT_BYTES)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of the shard's float32 gradient, a multiple of 4,096."""
+        return round_up(self.num_elements * 4, ALIGNMENT_BYTES)
+
+    @property
+    def num_chunks(self) -> int:
+        """Records in the state extent."""
+        return -(-self.num_elements // self.chunk_elements)
+
+    def chunk_range(self, chunk: int) -> tuple[int, int]:
+        """First element of a chunk and first element behind it."""
+        start = chunk * self.chunk_elements
+        return start, min(start + self.chunk_elements, self.num_elements)
+
+    def _record_bytes(self, num_elements: int) -> int:
+        per_element = 10 if self.compute_dtype == "bfloat16" else 8
+        return round_up(num_elements * per_element, ALIGNMENT_BYTES)
+
+    @property
+    def full_record_bytes(self) -> int:
+        """Bytes of every record but the last, which may be shorter."""
+        return self._record_bytes(min(self.chunk_elements, self.num_elements))
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the state extent, a multiple of 4,096."""
+        start, stop = self.chunk_range(self.num_chunks - 1)
+        return (self.num_chunks - 1) * self.full_record_bytes + self._record_bytes(stop - start)
+
+    def state_range(self, chunk: int) -> tuple[int, int]:
+        """Byte offset and bytes of a record in the state extent."""
+        start, stop = self.chunk_range(chunk)
+        return chunk * self.full_record_bytes, self._record_bytes(stop - start)
+
+    def weight_range(self, chunk: int) -> tuple[int, int]:
+        """Byte offset and bytes of a chunk in the weight extent."""
+        start, stop = self.chunk_range(chunk)
+        return start * self.weight_itemsize, round_up((stop - start) * self.weight_itemsize, ALIGNMENT_BYTES)
+
+    def gradient_range(self, chunk: int) -> tuple[int, int]:
+        """Byte offset and bytes of a chunk in the float32 gradient."""
+        start, stop = self.chunk_range(chunk)
+        return start * 4, round_up((stop - start) * 4, ALIGNMENT_BYTES)
+
+    @property
+    def weight_piece_bytes(self) -> int:
+        """Bytes of weight that one checksum digest covers."""
+        return self.weight_range(0)[1]
+
+    def views(self, record: npt.NDArray[np.uint8], chunk: int) -> ChunkViews:
+        """The arrays of a record that was read into `record` (uint8, at least the record's bytes)."""
+        start, stop = self.chunk_range(chunk)
+        n, offset, low = stop - start, 0, None
+        if self.compute_dtype == "bfloat16":
+            low = record[: 2 * n].view(np.uint16)
+            offset = 2 * n
+        m = record[offset : offset + 4 * n].view(np.float32)
+        v = record[offset + 4 * n : offset + 8 * n].view(np.float32)
+        return ChunkViews(low, m, v)
+
+    def to_json(self) -> dict[str, Any]:
+        """The layout as JSON, the form in which a store keeps it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> ShardLayout:
+        """The layout that `to_json` described."""
+        slots = tuple(
+            ParameterSlot(p["name"], tuple(p["shape"]), p["start"], p["num_elements"]) for p in data["parameters"]
+        )
+        return cls(data["name"], slots, data["compute_dtype"], data["chunk_elements"])
