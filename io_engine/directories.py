@@ -27,7 +27,7 @@ def absolute_directories(directories: Sequence[str | Path] | str | Path) -> tupl
 
 
 def has_manifest(first_directory: str) -> bool:
-    """Return whether a directory is the first of a store: it has an identity and a manifest, damaged or not."""
+    """Return whether a directory is the first of a store: it has an identity and a manifest, even damaged."""
     return os.path.isfile(os.path.join(first_directory, STORE_ID_NAME)) and any(
         os.path.isfile(os.path.join(first_directory, name)) for name in (MANIFEST_NAME, PREVIOUS_NAME)
     )
@@ -46,9 +46,7 @@ def read_store_id(directory: str) -> StoreId | None:
 
 
 def check_store_ids(directories: Sequence[str]) -> str:
-    """Return the uuid of the store that lies in exactly these directories, in this order; StoreError says
-    what is off.
-    """
+    """Return the uuid of the store in exactly these directories, in this order; else StoreError says why."""
     first = read_store_id(directories[0])
     if first is None:
         raise StoreError(
@@ -109,12 +107,13 @@ def refuse_foreign_files(directory: str, first_directory: str) -> None:
     own = {STORE_ID_NAME, f"{STORE_ID_NAME}.tmp"}
     if directory == first_directory:
         own.add(f"{MANIFEST_NAME}.tmp")
-    if set(names) <= own:
+    if set(names) <= own and not has_manifest(first_directory):
         mine, first = _try_store_id(directory), _try_store_id(first_directory)
-        unfinished = not has_manifest(first_directory) and (
-            mine is None or (first is not None and first.uuid == mine.uuid)
+        # An identity other than that of the unfinished first directory may be a part of another store.
+        of_unfinished = (
+            mine is not None and first is not None and first.index == 0 and mine.uuid == first.uuid
         )
-        if unfinished:
+        if of_unfinished or STORE_ID_NAME not in names:
             return
     if STORE_ID_NAME in names:
         raise StoreError(

@@ -38,7 +38,7 @@ class StoreCorruptError(StoreError):
 def io_error(
     error_number: int, operation: str, path: str, offset_bytes: int, num_bytes: int, detail: str = ""
 ) -> OSError:
-    """Build the `OSError` of a failed transfer; Python picks the subclass, FileNotFoundError or so, by errno."""
+    """Build the `OSError` of a failed transfer; Python picks the subclass (such as FileNotFoundError)."""
     text = f"{os.strerror(error_number)} ({operation} of {num_bytes} bytes at offset {offset_bytes}"
     text += f": {detail})" if detail else ")"
     return OSError(error_number, text, path)

@@ -158,7 +158,7 @@ class MockEngine:
             self._faults.append(_Fault(kind, path_contains, None, num_bytes, num_to_skip))
 
     def lose_unsynced(self) -> None:
-        """Act like a power loss: each file goes back to its bytes at the last `sync`; unsynced files vanish."""
+        """Act like a power loss: files go back to their bytes at the last `sync`, unsynced ones vanish."""
         with self._lock:
             self.files = {path: bytearray(data) for path, data in self._durable.items()}
 

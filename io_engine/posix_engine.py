@@ -244,7 +244,7 @@ class PosixEngine:
             finally:
                 self._release_file(file)
         except OSError as error:
-            if error.filename is not None and not isinstance(error.filename, int):
+            if error.filename is not None:  # it knows its place already
                 raise
             raise io_error(error.errno or errno.EIO, kind, path, offset_bytes, num_bytes) from None
 
@@ -264,24 +264,18 @@ class PosixEngine:
 
     def _open(self, path: str, kind: Kind) -> _File:
         flags = os.O_CLOEXEC | (os.O_RDONLY if kind == "read" else os.O_RDWR | os.O_CREAT)
-        try:
-            if self._direct is not False and hasattr(os, "O_DIRECT") and path not in self._buffered_paths:
-                try:
-                    return _File(os.open(path, flags | os.O_DIRECT, 0o666), direct=True)
-                except OSError as error:
-                    if error.errno != errno.EINVAL:
-                        raise
-                    if self._direct is True:
-                        detail = "the file system has no O_DIRECT; use direct='auto' or another file system"
-                        raise io_error(errno.EINVAL, "open", path, 0, 0, detail) from None
-                    self._buffered_paths.add(path)
-                    self._buffered_reasons[os.path.dirname(path)] = (
-                        "its file system refuses O_DIRECT: EINVAL at open"
-                    )
-            return _File(os.open(path, flags, 0o666), direct=False)
-        except OSError as error:
-            # Without a filename, so that `_move` adds offset and length to it.
-            raise OSError(error.errno, error.strerror) from None
+        if self._direct is not False and hasattr(os, "O_DIRECT") and path not in self._buffered_paths:
+            try:
+                return _File(_open_nameless(path, flags | os.O_DIRECT), direct=True)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+            if self._direct is True:
+                detail = "its file system has no O_DIRECT; use direct='auto', or another file system"
+                raise io_error(errno.EINVAL, "opening", path, 0, 0, detail)
+            self._buffered_paths.add(path)
+            self._buffered_reasons[os.path.dirname(path)] = "its file system refuses O_DIRECT: EINVAL at open"
+        return _File(_open_nameless(path, flags), direct=False)
 
     def _use_page_cache(self, path: str, why: str) -> None:
         with self._files_lock:
@@ -366,6 +360,14 @@ class PosixEngine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _open_nameless(path: str, flags: int) -> int:
+    """Open a file; the error has no filename yet, so that the transfer adds its offset and length to it."""
+    try:
+        return os.open(path, flags, 0o666)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror) from None
 
 
 def _move_all(kind: Kind, file: _File, view: memoryview, path: str, offset_bytes: int) -> None:

@@ -7,6 +7,7 @@ later moment, and a crash inside of them leaves the state before or the state af
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
 import json
 import os
@@ -217,7 +218,12 @@ class Store:
                 ):
                     continue
                 self._engine.remove(os.path.join(directory, name))
-                self.notes.append(f"removed {name} of an unfinished run from {directory}")
+                match = NUMBERED_FILE.fullmatch(name)
+                superseded = (
+                    match is not None and match[3] is not None and int(match[4]) < self._layout.generation
+                )
+                if not superseded:
+                    self.notes.append(f"removed {name} of an unfinished run from {directory}")
 
     def _adopt_previous(self) -> None:
         """Go on from the previous manifest, if the data it names are still there: later writes reuse their
@@ -321,7 +327,7 @@ class Store:
     @property
     def identity(self) -> dict[str, Json]:
         """The JSON given to `create`; never changes."""
-        return dict(self._committed.manifest.identity)
+        return copy.deepcopy(dict(self._committed.manifest.identity))
 
     @property
     def step(self) -> int:
@@ -331,11 +337,11 @@ class Store:
     @property
     def state(self) -> dict[str, Json]:
         """The JSON given to the last `commit`, as it reads back from disk."""
-        return dict(self._committed.manifest.state)
+        return copy.deepcopy(dict(self._committed.manifest.state))
 
     @property
     def description(self) -> dict[str, Json]:
-        """The JSON given to the last `allocate` that had one."""
+        """The JSON given to the last `allocate` that had one; large, so not copied: do not change it."""
         return dict(self._layout.description)
 
     @property
@@ -425,6 +431,8 @@ class Store:
             self._check_usable()
             specs, widened = tuple(specs), tuple(second_slots_for)
             self._check_names(specs, widened)
+            if not specs and not widened and description is None:
+                return
             if description is not None:
                 description = json.loads(json.dumps(dict(description), allow_nan=False))
             generation = self._next_generation()

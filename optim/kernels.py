@@ -18,6 +18,7 @@ Legend: p master weight, m first moment, v second moment, g gradient; 1-D, conti
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,13 +126,24 @@ def compiled(function: Callable[_P, _R]) -> Callable[_P, _R]:
     """Compile a module's function with numba on its first call; it then runs without the GIL.
 
     The machine code is kept where numba finds a writable folder; where it finds none, every process compiles.
+    The function itself must not raise OSError.
     """
     try:
-        return _njit(function, cache=True)
+        dispatcher = _njit(function, cache=True)
     except RuntimeError:
-        # "cannot cache function: no locator available": neither __pycache__ nor the user's folder is
-        # writable.
-        return _njit(function, cache=False)
+        # "no locator available": neither __pycache__ nor the user's cache folder is writable.
+        dispatcher = _njit(function, cache=False)
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        try:
+            return dispatcher(*args, **kwargs)
+        except OSError:
+            # The machine code could not be saved (disk full, or read-only by now). numba registers it before
+            # it saves it and saves it before it runs it: nothing has run yet, and the second call just runs.
+            return dispatcher(*args, **kwargs)
+
+    return call
 
 
 def _njit(function: Callable[_P, _R], cache: bool) -> Callable[_P, _R]:
@@ -202,7 +214,8 @@ low_half: Any = intrinsic(_low_half)
 count_from: Any = intrinsic(_count_from)
 
 
-@compiled
+# Not saved on its own: it becomes part of its callers.
+@functools.partial(_njit, cache=False)
 def _update(
     p: Any,
     m: Any,
@@ -374,24 +387,10 @@ def warm_up() -> None:
     halves = [np.zeros(64, np.uint16) for _ in range(2)]
     p, m, v, g = (np.zeros(64, np.float32) for _ in range(4))
     scalars = AdamWScalars.at_step(1e-3, 0.9, 0.999, 1e-8, 0.0, step=1)
-    calls: list[Callable[[], object]] = [
-        lambda: adamw_split(halves[0], halves[1], m, v, g, scalars),
-        lambda: adamw_float32(p, m, v, g, scalars),
-        lambda: split_master(p, halves[0], halves[1]),
-        lambda: join_master(halves[0], halves[1], p),
-    ]
-    for call in calls:
-        compile_by_calling(call)
-
-
-def compile_by_calling(call: Callable[[], object]) -> None:
-    """Make the first call of a `compiled` function, whether or not its machine code can be kept."""
-    try:
-        call()
-    except OSError:
-        # The cache could not be written (disk full, or read-only by now). numba registers a compiled function
-        # before it saves it, so the second call just runs it.
-        call()
+    adamw_split(halves[0], halves[1], m, v, g, scalars)
+    adamw_float32(p, m, v, g, scalars)
+    split_master(p, halves[0], halves[1])
+    join_master(halves[0], halves[1], p)
 
 
 def _check(halves: dict[str, UInt16Array], floats: dict[str, Float32Array]) -> None:

@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 from numpy.typing import NDArray
 
-from optim.kernels import compile_by_calling, compiled
+from optim.kernels import compiled
 
 TILE_ELEMENTS: Final = 65_536
 _NUM_LANES: Final = 32
@@ -100,7 +100,7 @@ def tile_sums(g: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def warm_up() -> None:
     """Compile `tile_sums`, or load it from numba's cache: `optim.kernels.warm_up` does not know of it."""
-    compile_by_calling(lambda: tile_sums(np.zeros(1, np.float32)))
+    tile_sums(np.zeros(1, np.float32))
 
 
 def parameter_sum(tile_sums: NDArray[np.float64]) -> float:

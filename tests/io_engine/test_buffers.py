@@ -16,7 +16,15 @@ MIB = 1 << 20
 
 @pytest.mark.parametrize(
     ("num_bytes", "taken_bytes"),
-    [(1, 4096), (4096, 4096), (4097, 8192), (12289, 16384), (MIB - 1, MIB), (MIB, 2 * MIB), (2 * MIB + 1, 4 * MIB)],
+    [
+        (1, 4096),
+        (4096, 4096),
+        (4097, 8192),
+        (12289, 16384),
+        (MIB - 1, MIB),
+        (MIB, 2 * MIB),
+        (2 * MIB + 1, 4 * MIB),
+    ],
 )
 def test_size_classes(num_bytes: int, taken_bytes: int) -> None:
     assert size_class_bytes(num_bytes) == taken_bytes
@@ -68,7 +76,9 @@ def test_free_buffers_of_other_classes_make_room() -> None:
     pool.close()
     assert pool.mapped_bytes == 0
     assert pool.peak_bytes == 8 * MIB
-    assert sorted(a for what, a in calls if what == "register") == sorted(a for what, a in calls if what == "unregister")
+    assert sorted(a for what, a in calls if what == "register") == sorted(
+        a for what, a in calls if what == "unregister"
+    )
 
 
 def test_more_than_the_budget_is_refused_at_once() -> None:
@@ -81,7 +91,7 @@ def test_more_than_the_budget_is_refused_at_once() -> None:
 
 def test_without_blocking_a_full_pool_refuses() -> None:
     with BufferPool(4 * MIB, name="weights") as pool, pool.acquire(2 * MIB):
-        with pytest.raises(BudgetError, match="'weights'.*in use by 1 buffers"):
+        with pytest.raises(BudgetError, match=r"'weights'.*in use by 1 buffers"):
             pool.acquire(4 * MIB, block=False)
         with pytest.raises(TimeoutError, match="nobody released enough"):
             pool.acquire(4 * MIB, timeout_seconds=0.01)
@@ -235,14 +245,17 @@ def test_forked_children_do_not_get_the_memory(num_bytes: int) -> None:
             assert "hg" in flags
 
 
+@pytest.mark.filterwarnings(
+    "ignore:.*multi-threaded.*:DeprecationWarning"
+)  # other tests may have left threads
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_forked_child_that_drops_a_pool_unmaps_nothing_of_its_own(tmp_path: Path) -> None:
     pool = BufferPool(64 * MIB, name="test")
     buffer = pool.acquire(32 * MIB)
     process_id = os.fork()
     if process_id == 0:
-        # The child maps into the hole that DONTFORK left, then drops the pool. Were the parent's mapping objects
-        # collected here, their munmap would take this memory away.
+        # The child maps into the hole that DONTFORK left, then drops the pool. Were the parent's mapping
+        # objects collected here, their munmap would take this memory away.
         code = 1
         try:
             own = [np.ones(32 * MIB, np.uint8) for _ in range(8)]

@@ -61,7 +61,15 @@ def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
     made.engine.close()
 
 
-SIZES = [PAGE, 2 * PAGE, REQUEST_BYTES - PAGE, REQUEST_BYTES, REQUEST_BYTES + PAGE, 3 * REQUEST_BYTES, 1_130_496]
+SIZES = [
+    PAGE,
+    2 * PAGE,
+    REQUEST_BYTES - PAGE,
+    REQUEST_BYTES,
+    REQUEST_BYTES + PAGE,
+    3 * REQUEST_BYTES,
+    1_130_496,
+]
 
 
 @pytest.mark.parametrize("num_bytes", SIZES)
@@ -90,7 +98,9 @@ def test_many_transfers_at_once(rig: Rig) -> None:
     num_files, num_each, num_bytes = 3, 12, 5 * PAGE
     data = {(f, i): pattern(num_bytes, seed=100 * f + i) for f in range(num_files) for i in range(num_each)}
     writes = [
-        rig.engine.write(Extent(rig.path(f"{f}.bin"), i * num_bytes, num_bytes), aligned(num_bytes, data[f, i]))
+        rig.engine.write(
+            Extent(rig.path(f"{f}.bin"), i * num_bytes, num_bytes), aligned(num_bytes, data[f, i])
+        )
         for f, i in data
     ]
     for transfer in reversed(writes):
@@ -99,7 +109,8 @@ def test_many_transfers_at_once(rig: Rig) -> None:
         assert rig.contents(rig.path(f"{f}.bin")) == b"".join(data[f, i].tobytes() for i in range(num_each))
     arrays = {key: aligned(num_bytes) for key in data}
     reads = {
-        (f, i): rig.engine.read(Extent(rig.path(f"{f}.bin"), i * num_bytes, num_bytes), arrays[f, i]) for f, i in data
+        (f, i): rig.engine.read(Extent(rig.path(f"{f}.bin"), i * num_bytes, num_bytes), arrays[f, i])
+        for f, i in data
     }
     # New writes beside the reads, to other files.
     others = [
@@ -192,7 +203,12 @@ def test_callbacks_see_failures_too(rig: Rig) -> None:
     seen: list[BaseException | None] = []
     ran = threading.Event()
     transfer = rig.engine.read(Extent(rig.path("missing"), 0, PAGE), aligned(PAGE))
-    transfer.add_done_callback(lambda done: (seen.append(done.error), ran.set()))
+
+    def look(done: Transfer) -> None:
+        seen.append(done.error)
+        ran.set()
+
+    transfer.add_done_callback(look)
     with pytest.raises(FileNotFoundError):
         transfer.wait()
     assert ran.wait(30)

@@ -6,11 +6,12 @@ import errno
 import importlib.util
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import numba.core.caching
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,10 +19,17 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from optim import kernels
-from optim.kernels import AdamWScalars, adamw_float32, adamw_split, join_master, split_master, warm_up
+from optim.kernels import (
+    AdamWScalars,
+    adamw_float32,
+    adamw_split,
+    join_master,
+    split_master,
+    warm_up,
+)
 
 NUM_ELEMENTS = 64 * 67
-NUM_STEPS = 50
+NUM_STEPS = 30
 OVERFLOW_BITS = 0x7F7F8000  # the smallest float32 that rounds half up to a bfloat16 infinity
 
 OPTIONS = [
@@ -35,6 +43,12 @@ OPTIONS = [
     pytest.param(1e-3, 0.9, 0.999, 1e-8, 0.01, False, id="adam-l2"),
     pytest.param(1e-3, 0.5, 0.99, 1e-8, 0.0, False, id="adam-no-decay"),
 ]
+
+# Elsewhere torch's compiler contracts other operations, or none; the kernels compute the same everywhere.
+needs_torch_with_fma = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
+    reason=f"torch's fused Adam rounds differently on a {torch.backends.cpu.get_cpu_capability()} CPU",
+)
 
 
 @pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
@@ -60,10 +74,12 @@ def difficult_weights(rng: np.random.Generator) -> NDArray[np.float32]:
 
 
 def difficult_gradient(rng: np.random.Generator) -> NDArray[np.float32]:
-    gradient = (rng.standard_normal(NUM_ELEMENTS) * 10.0 ** rng.integers(-12, 5,
-    NUM_ELEMENTS)).astype(np.float32) gradient[rng.random(NUM_ELEMENTS) < 0.1] = 0.0
-    gradient[rng.random(NUM_ELEMENTS) < 0.05] = -0.0 gradient[rng.random(NUM_ELEMENTS) < 0.05] = 1e-42  #
-    denormal; its square is zero gradient[rng.random(NUM_ELEMENTS) < 0.05] = 3e-21  # its square is denormal
+    magnitudes = 10.0 ** rng.integers(-12, 5, NUM_ELEMENTS)
+    gradient = (rng.standard_normal(NUM_ELEMENTS) * magnitudes).astype(np.float32)
+    gradient[rng.random(NUM_ELEMENTS) < 0.1] = 0.0
+    gradient[rng.random(NUM_ELEMENTS) < 0.05] = -0.0
+    gradient[rng.random(NUM_ELEMENTS) < 0.05] = 1e-42  # denormal; its square is zero
+    gradient[rng.random(NUM_ELEMENTS) < 0.05] = 3e-21  # its square is denormal
     return gradient
 
 
@@ -78,6 +94,7 @@ def join_by_definition(high: NDArray[np.uint16], low: NDArray[np.uint16]) -> NDA
     return (raw % 2**32).astype(np.uint32).view(np.float32)
 
 
+@needs_torch_with_fma
 @pytest.mark.usefixtures("_torch_threads")
 @pytest.mark.parametrize(("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled"), OPTIONS)
 def test_every_step_has_the_bits_of_torch_fused(
@@ -114,6 +131,7 @@ def test_every_step_has_the_bits_of_torch_fused(
             np.testing.assert_array_equal(bits(split), bits(theirs.numpy()))
 
 
+@needs_torch_with_fma
 @pytest.mark.parametrize("steps_before", [999, 123_456, 5_000_000])
 def test_late_steps_have_the_bits_of_torch_fused(steps_before: int) -> None:
     rng = np.random.default_rng(steps_before)
@@ -170,7 +188,7 @@ def test_any_cut_into_chunks_gives_the_same_bits(cuts: list[int], size: int) -> 
     adamw_float32(whole_p, whole_m, whole_v, gradient, scalars)
 
     edges = [0, *sorted(min(cut, size) for cut in cuts), size]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         part = slice(start, stop)
         adamw_split(high[part], low[part], m[part], v[part], gradient[part], scalars)
     np.testing.assert_array_equal(bits(join_by_definition(high, low)), bits(whole_p))
@@ -218,11 +236,12 @@ def test_non_finite_gradients_are_counted(value: float) -> None:
 
 
 def test_masters_whose_high_half_overflows_are_counted() -> None:
-    sign = 0x80000000
-    raw = [OVERFLOW_BITS - 1, OVERFLOW_BITS, 0x7F7FFFFF, sign | OVERFLOW_BITS, 0x7FFFFFFF, sign | 0x7FFFFFFF,
-    0] p = np.array(raw, np.uint32).view(np.float32) high, low = np.empty(p.size, np.uint16), np.empty(p.size,
-    np.uint16) scalars = AdamWScalars.at_step(0.0, 0.9, 0.999, 1e-8, 0.0, 1) zeros = np.zeros(p.size,
-    np.float32)
+    overflowing = [OVERFLOW_BITS, 0x7F7FFFFF, 0x80000000 | OVERFLOW_BITS]
+    not_a_number = [0x7FFFFFFF, 0xFFFFFFFF]
+    p = np.array([OVERFLOW_BITS - 1, *overflowing, *not_a_number, 0], np.uint32).view(np.float32)
+    high, low = np.empty(p.size, np.uint16), np.empty(p.size, np.uint16)
+    scalars = AdamWScalars.at_step(0.0, 0.9, 0.999, 1e-8, 0.0, 1)
+    zeros = np.zeros(p.size, np.float32)
 
     assert split_master(p, high, low) == 5
     assert adamw_split(high, low, zeros.copy(), zeros.copy(), zeros, scalars) == 5
@@ -256,12 +275,12 @@ def test_arrays_that_the_kernel_would_misread_are_refused() -> None:
         adamw_float32(floats, floats.copy(), np.zeros(63, np.float32), floats.copy(), scalars)
     with pytest.raises(ValueError, match="g is float64"):
         adamw_float32(floats, floats.copy(), floats.copy(), np.zeros(64), scalars)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="m is float32.* with strides"):
+    with pytest.raises(ValueError, match=r"m is float32.* with strides"):
         adamw_float32(floats, np.zeros(128, np.float32)[::2], floats.copy(), floats.copy(), scalars)
     with pytest.raises(ValueError, match="low has 65 elements"):
         adamw_split(halves, np.zeros(65, np.uint16), floats, floats.copy(), floats.copy(), scalars)
     with pytest.raises(ValueError, match="high is int16"):
-        join_master(np.zeros(64, np.int16), halves, floats)  # type: ignore[arg-type]
+        join_master(np.zeros(64, np.int16), halves, floats)
     with pytest.raises(ValueError, match=r"p is float32\[8, 8\]"):
         split_master(floats.reshape(8, 8), halves, halves.copy())
 

@@ -1,0 +1,350 @@
+"""The command line: `fuyou doctor | plan | train | inspect | verify | export`.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 does not fit, 130 interrupted (SIGTERM counts as Ctrl-C).
+An error is one message on stderr; FUYOU_TRACEBACK=1 shows where it came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from fuyou.errors import ConfigError, FuyouError, PlanError
+
+EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_DOES_NOT_FIT, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; every error ends here as one message."""
+    with _Interruption() as interruption:
+        try:
+            options = _parser().parse_args(arguments)
+            _quiet_libraries()
+            command: Callable[[argparse.Namespace], int] = options.command
+            code = command(options)
+            sys.stdout.flush()
+            return code
+        except SystemExit as error:  # argparse, after --help
+            return error.code if isinstance(error.code, int) else EXIT_DONE
+        except BrokenPipeError:
+            # The reader went away: nothing can be said to it any more, and Python's own flush at exit must not try.
+            _discard_stdout()
+            return EXIT_FAILED
+        except BaseException as error:
+            return _report(error, interrupted=interruption.arrived)
+
+
+# ------------------------------------------------------------------------------------------------------- commands
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    import dataclasses
+
+    from fuyou.doctor import advice, examine
+
+    findings = examine(options.directory)
+    failed = any(finding.status == "problem" for finding in findings)
+    if options.json:
+        _print_json({"ok": not failed, "findings": [dataclasses.asdict(f) for f in findings], "todo": advice(findings)})
+    else:
+        width = max(len(finding.name) for finding in findings)
+        marks = {"ok": "ok  ", "note": "note", "problem": "BAD "}
+        for finding in findings:
+            print(f"{marks[finding.status]}  {finding.name:<{width}}  {finding.value}")
+        todo = advice(findings)
+        print("\nwhat to do:\n" + "\n".join(f"  {line}" for line in todo) if todo else "\nnothing to do")
+    return EXIT_FAILED if failed else EXIT_DONE
+
+
+def _plan(options: argparse.Namespace) -> int:
+    import fuyou
+    from fuyou.hardware import cached_hardware, measure_hardware
+    from fuyou.recipe import load_recipe, read_json
+    from fuyou.runtime import choose_device
+    from fuyou.training import model_config
+
+    recipe = load_recipe(options.recipe, options.set)
+    offload = recipe.offload_config()
+    config = model_config(recipe)
+    if options.hardware is not None:
+        hardware = fuyou.HardwareProfile.from_json(read_json(options.hardware, "--hardware"))
+    else:
+        directory, device = offload.store_directories[0], choose_device(offload)
+        known = cached_hardware(directory, device, offload.compute_dtype)
+        hardware = known or measure_hardware(directory, device, offload.compute_dtype)
+    plan = fuyou.plan_model(
+        config,
+        offload=offload,
+        batch_size=recipe.rows_per_step,
+        sequence_length=recipe.data.max_length,
+        max_grad_norm=recipe.max_grad_norm,
+        hardware=hardware,
+    )
+    if options.json:
+        _print_json(plan.to_json())
+    else:
+        print(plan.describe())
+    return EXIT_DONE
+
+
+def _train(options: argparse.Namespace) -> int:
+    from fuyou.progress import make_reporter
+    from fuyou.recipe import load_recipe
+    from fuyou.training import run_training
+
+    recipe = load_recipe(options.recipe, options.set)
+    reporter = make_reporter(
+        sys.stdout, quiet=options.quiet, as_json=options.json, logging_steps=recipe.training.logging_steps
+    )
+    with contextlib.closing(reporter):
+        run_training(recipe, reporter, num_steps=options.steps, resume=options.resume)
+    return EXIT_DONE
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    import fuyou
+
+    found = fuyou.inspect_store(_directories(options))
+    if options.json:
+        _print_json(found)
+    else:
+        print("\n".join(_outline(found)))
+    return EXIT_DONE
+
+
+def _verify(options: argparse.Namespace) -> int:
+    import fuyou
+
+    problems = fuyou.verify_store(_directories(options))
+    if options.json:
+        _print_json({"ok": not problems, "problems": problems})
+    elif problems:
+        print("\n".join(problems))
+    else:
+        print("all data is as it was written")
+    return EXIT_FAILED if problems else EXIT_DONE
+
+
+def _export(options: argparse.Namespace) -> int:
+    import fuyou
+
+    out = Path(options.out).expanduser()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not an empty folder: name a new one")
+    model = fuyou.open_store_model(_directories(options), host_memory=options.host_memory)
+    with model.fuyou:
+        model.save_pretrained(str(out))
+        step = model.fuyou.committed_step
+    if options.json:
+        _print_json({"out": str(out), "step": step})
+    else:
+        print(f"step {step} written to {out}; load it with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
+        print("the tokenizer is not in a store: take it from the model that the run began with")
+    return EXIT_DONE
+
+
+# --------------------------------------------------------------------------------------------------------- parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (try: {self.prog} --help)")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fuyou",
+        description="Fine-tune language models that fit neither in the GPU's memory nor in the host's.",
+        epilog="exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 does not fit, 130 interrupted",
+    )
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        sub.set_defaults(command=command)
+        sub.add_argument("--json", action="store_true", help="JSON on stdout, and nothing else")
+        return sub
+
+    doctor = add("doctor", _doctor, "what this machine has, which I/O path is used and why, what to do")
+    doctor.add_argument("directory", nargs="?", default=".", help="a directory on the store's drive (here)")
+
+    plan = add("plan", _plan, "the plan of a recipe: memory, predicted seconds per lane, drive traffic")
+    _add_recipe(plan)
+    plan.add_argument("--hardware", metavar="FILE", help="plan for the machine of this JSON profile")
+
+    train = add("train", _train, "train a recipe, or continue it")
+    _add_recipe(train)
+    train.add_argument("--steps", type=_positive, metavar="N", help="stop cleanly after N further steps")
+    train.add_argument("--resume", type=_resume, metavar="auto|never|must|STEP", help="instead of offload.resume")
+    train.add_argument("--quiet", action="store_true", help="print errors only")
+
+    for name, command, text in (
+        ("inspect", _inspect, "what a store holds; changes nothing"),
+        ("verify", _verify, "read a store's data and compare it with its checksums"),
+        ("export", _export, "write a store's model as plain safetensors"),
+    ):
+        sub = add(name, command, text)
+        sub.add_argument("store", metavar="STORE", help="the store's directory")
+        if name == "export":
+            sub.add_argument("out", metavar="OUT", help="folder to be made")
+            sub.add_argument("--host-memory", metavar="SIZE", help='budget, such as "8GiB"')
+        sub.add_argument(
+            "--also", action="append", default=[], metavar="DIR", help="further directory of a store on several drives"
+        )
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value of the recipe"
+    )
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+    return int(text)
+
+
+def _resume(text: str) -> str | int:
+    if text.isdecimal():
+        return int(text)
+    if text not in ("auto", "never", "must"):
+        raise argparse.ArgumentTypeError(f"{text!r}: choose auto, never, must or the number of a step")
+    return text
+
+
+def _directories(options: argparse.Namespace) -> str | list[str]:
+    store: str = options.store
+    return [store, *options.also] if options.also else store
+
+
+# --------------------------------------------------------------------------------------------------------- output
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+def _outline(value: Any, indent: str = "") -> Iterator[str]:
+    """A JSON value as indented `key: value` lines; objects in a list go by their name, or by their number."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value, start=1):
+        if isinstance(value, list) and isinstance(inner, dict) and "name" in inner:
+            key, inner = inner["name"], {k: v for k, v in inner.items() if k != "name"}
+        if isinstance(inner, dict | list) and inner and not _is_flat(inner):
+            yield f"{indent}{key}:"
+            yield from _outline(inner, indent + "  ")
+        else:
+            yield f"{indent}{key}: {_flat_text(inner)}"
+
+
+def _is_flat(value: Any) -> bool:
+    return isinstance(value, list) and all(not isinstance(item, dict | list) for item in value)
+
+
+def _flat_text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value in (None, {}) else str(value)
+
+
+# --------------------------------------------------------------------------------------------------------- errors
+
+
+def _report(error: BaseException, *, interrupted: bool) -> int:
+    if os.environ.get("FUYOU_TRACEBACK") == "1":
+        traceback.print_exception(error)
+    # An interruption may surface as another error of what it interrupted; it is an interruption all the same.
+    if interrupted or isinstance(error, KeyboardInterrupt):
+        said = str(error) if isinstance(error, KeyboardInterrupt) else ""
+        _complain(f"interrupted{': ' if said else ''}{said}")
+        return EXIT_INTERRUPTED
+    code, message = _explain(error)
+    _complain(f"error: {message}")
+    return code
+
+
+def _explain(error: BaseException) -> tuple[int, str]:
+    text = str(error) or type(error).__name__
+    if isinstance(error, ConfigError):
+        return EXIT_USAGE, text
+    if isinstance(error, PlanError):
+        return EXIT_DOES_NOT_FIT, text
+    if isinstance(error, FuyouError | OSError) or type(error).__module__.split(".")[0] in ("io_engine", "optim"):
+        return EXIT_FAILED, text
+    if type(error).__name__ == "OutOfMemoryError":
+        return EXIT_FAILED, (
+            f"the GPU's memory is used up ({text.splitlines()[0]}): lower offload.micro_batch_size or data.max_length"
+        )
+    if isinstance(error, MemoryError):
+        return EXIT_FAILED, f"the host's memory is used up ({text}): lower offload.host_memory"
+    return EXIT_FAILED, (
+        f"unexpected {type(error).__name__}: {text.splitlines()[0]} (this is a defect of fuyou; FUYOU_TRACEBACK=1 shows "
+        "where it happened)"
+    )
+
+
+def _complain(message: str) -> None:
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.write(f"fuyou: {message}\n")
+        sys.stderr.flush()
+
+
+def _discard_stdout() -> None:
+    with contextlib.suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+class _Interruption:
+    """SIGINT and SIGTERM raise KeyboardInterrupt, once. A second signal ends the process on the spot.
+
+    Both are safe for the store, which never overwrites what is committed.
+    """
+
+    def __init__(self) -> None:
+        self.arrived = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interruption:
+        # Only the main thread may set handlers; elsewhere the caller's stay as they are.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.arrived:
+            os._exit(EXIT_INTERRUPTED)
+        self.arrived = True
+        raise KeyboardInterrupt
+
+
+def _quiet_libraries() -> None:
+    """Keeps the libraries' progress bars and advice out of the output; what matters is said by us."""
+    import transformers
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # datasets reads these when it is imported, which is later and only where data is read.
+    os.environ.setdefault("DATASETS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,333 @@
+"""The training loop of `fuyou train`: a recipe's steps, their metrics, evaluation, stop, resume and export.
+
+What step N does follows from the recipe and N alone (rows, learning rate, random numbers), so a run that was killed
+and resumed takes the same steps as one that was not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fuyou.data import BatchOrder, DataSet, HuggingFaceTokenizer, TokenRows, collate, load_data, load_tokenizer
+from fuyou.errors import ConfigError, DataError
+from fuyou.metrics import MetricsFile
+from fuyou.progress import Reporter, RunStart, RunStatistics, RunSummary, StepReport
+from fuyou.recipe import Recipe, dump_recipe
+
+EXPORT_MARK = "fuyou-export.json"
+"""File by which an exported folder is known as ours: it may be replaced by a newer export."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM; says where the run stands."""
+
+
+def model_config(recipe: Recipe) -> Any:
+    """The transformers config of a recipe's model; a hub model is downloaded. ConfigError, ModelError."""
+    import transformers
+
+    from fuyou.building import resolve_checkpoint
+    from fuyou.errors import ModelError
+
+    if recipe.model.config is not None:
+        values = dict(recipe.model.config)
+        model_type = values.pop("model_type")
+        try:
+            return transformers.AutoConfig.for_model(model_type, **values)
+        except ValueError as error:
+            raise ConfigError(f"model.config={recipe.model.config!r}: {_first_sentence(error)}") from None
+        except Exception as error:  # configs of many authors check their fields in many ways
+            raise ConfigError(f"model.config: {type(error).__name__}: {_first_sentence(error)}") from None
+    assert recipe.model.name_or_path is not None
+    folder = resolve_checkpoint(recipe.model.name_or_path, recipe.model.revision)
+    try:
+        return transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder}: no usable config.json ({_first_sentence(error)})") from None
+
+
+def open_model(recipe: Recipe, *, resume: str | int | None = None) -> Any:
+    """The recipe's model on its store, as `fuyou.from_pretrained` or `fuyou.from_config` give it; blocks."""
+    import fuyou
+
+    offload = recipe.offload_config(resume=resume)
+    options: dict[str, Any] = {
+        "offload": offload,
+        "seed": recipe.training.seed,
+        "attn_implementation": recipe.model.attn_implementation,
+    }
+    if recipe.model.config is not None:
+        return fuyou.from_config(model_config(recipe), **options)
+    return fuyou.from_pretrained(recipe.model.name_or_path, revision=recipe.model.revision, **options)
+
+
+def run_training(
+    recipe: Recipe, reporter: Reporter, *, num_steps: int | None = None, resume: str | int | None = None
+) -> RunSummary:
+    """Train to the recipe's last step, or `num_steps` further, and leave a committed store; blocks.
+
+    `resume` overrides the recipe's. Raises Interrupted where a KeyboardInterrupt arrived; FuyouError, StoreError,
+    OSError. After any error the store stands at its last committed step.
+    """
+    offload = recipe.offload_config(resume=resume)
+    output = Path(recipe.output.dir).expanduser()
+    if recipe.output.export:
+        _check_export_folder(output / "model")
+    tokenizer, data = _load_data(recipe, reporter)
+    _measure_once(offload, reporter)
+    try:
+        model = open_model(recipe, resume=resume)
+    except KeyboardInterrupt:
+        raise Interrupted("before the first step: run the same command again") from None
+    try:
+        with model.fuyou:
+            return _Run(recipe, model, tokenizer, data, reporter).go(num_steps)
+    except KeyboardInterrupt:
+        step = model.fuyou.committed_step
+        raise Interrupted(f"the store stands at step {step}: run the same command to resume there") from None
+
+
+def _load_data(recipe: Recipe, reporter: Reporter) -> tuple[Any, DataSet]:
+    config = model_config(recipe)
+    name = recipe.data.tokenizer or recipe.model.name_or_path
+    assert name is not None
+    own = recipe.data.tokenizer is None
+    tokenizer = load_tokenizer(name, revision=recipe.model.revision if own else None)
+    vocab_size = getattr(config.get_text_config(), "vocab_size", None)
+    data = load_data(recipe.data, tokenizer, seed=recipe.shuffle_seed, vocab_size=vocab_size)
+    for note in data.notes:
+        reporter.note(note)
+    return tokenizer, data
+
+
+def _measure_once(offload: Any, reporter: Reporter) -> None:
+    """Measure this machine unless that was done, so that the plan predicts seconds; never a reason to fail."""
+    from fuyou.hardware import cached_hardware, measure_hardware
+    from fuyou.runtime import choose_device
+
+    device, directory = choose_device(offload), offload.store_directories[0]
+    # What is wrong with the directory is said by what needs it: the store.
+    with contextlib.suppress(OSError):
+        if cached_hardware(directory, device, offload.compute_dtype) is None:
+            reporter.note("measuring this machine and its drive once")
+            measure_hardware(directory, device, offload.compute_dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """Where an invocation begins and ends, in steps taken."""
+
+    first_step: int
+    stop_step: int
+    max_steps: int
+
+
+class _Run:
+    """One invocation, from an open model to its end."""
+
+    def __init__(self, recipe: Recipe, model: Any, tokenizer: Any, data: DataSet, reporter: Reporter) -> None:
+        self._recipe, self._model, self._tokenizer, self._data = recipe, model, tokenizer, data
+        self._reporter = reporter
+        self._output = Path(recipe.output.dir).expanduser()
+        self._statistics = RunStatistics()
+        self._order = BatchOrder(len(data.train), recipe.rows_per_step, recipe.shuffle_seed, recipe.data.shuffle)
+        training = recipe.training
+        self._max_steps = training.max_steps or self._order.steps_for_epochs(training.num_train_epochs or 1.0)
+        self._eval_before: float | None = None
+        self._eval_after: float | None = None
+        self._evaluated_step: int | None = None
+
+    def go(self, num_steps: int | None) -> RunSummary:
+        """Train, evaluate, export."""
+        import fuyou
+
+        optimizer_section = self._recipe.optimizer
+        self._optimizer = fuyou.AdamW(
+            self._model,
+            lr=optimizer_section.learning_rate,
+            betas=(optimizer_section.adam_beta1, optimizer_section.adam_beta2),
+            eps=optimizer_section.adam_epsilon,
+            weight_decay=optimizer_section.weight_decay,
+            max_grad_norm=self._recipe.max_grad_norm,
+        )
+        first = self._optimizer.step_count
+        stop = self._max_steps if num_steps is None else min(self._max_steps, first + num_steps)
+        target = _Target(first, max(first, stop), self._max_steps)
+        self._check_continuity(target)
+        self._write_recipe()
+        self._reporter.start(
+            RunStart(
+                model=self._recipe.model.name_or_path or f"random {self._model.config.model_type}",
+                resumed=self._model.fuyou.resumed,
+                plan=self._model.fuyou.plan.describe(),
+                step=target.first_step,
+                stop_step=target.stop_step,
+                max_steps=target.max_steps,
+            )
+        )
+        exported_to: Path | None = None
+        with MetricsFile(self._output / "metrics.jsonl", resumed_step=first) as metrics_file:
+            if metrics_file.set_aside is not None:
+                self._reporter.note(f"an earlier run's metrics are now {metrics_file.set_aside}")
+            self._train(target, metrics_file)
+            self._model.fuyou.flush()
+            if target.stop_step >= target.max_steps:
+                # After a resume at the very end this is what the killed run did not come to.
+                if self._data.evaluation is not None and self._evaluated_step != target.stop_step:
+                    self._eval_after = self._evaluate(target.stop_step)
+                if self._recipe.output.export:
+                    exported_to = self._export(target.stop_step)
+        summary = self._statistics.summary(
+            step=target.stop_step,
+            max_steps=target.max_steps,
+            eval_loss_before=self._eval_before,
+            eval_loss_after=self._eval_after,
+            exported_to=exported_to,
+            metrics_file=metrics_file.path,
+            store=os.pathsep.join(str(d) for d in self._recipe.offload_config().store_directories),
+        )
+        self._reporter.end(summary)
+        return summary
+
+    def _check_continuity(self, target: _Target) -> None:
+        """Say so where a resumed run goes on with other rows than it began with."""
+        self._identity = {
+            "data": self._data.train.fingerprint(),
+            "rows_per_step": self._recipe.rows_per_step,
+            "shuffle": [self._recipe.data.shuffle, self._recipe.shuffle_seed],
+        }
+        extra = self._optimizer.extra
+        self._eval_before = extra.get("eval_loss_before")
+        changed = [name for name, value in self._identity.items() if extra.get(name, value) != value]
+        if target.first_step and changed:
+            self._reporter.note(
+                f"note: {', '.join(changed)} differ from the steps before {target.first_step}; this run is no repeat "
+                "of one that was never stopped"
+            )
+        if target.first_step > target.max_steps:
+            raise ConfigError(
+                f"the store stands at step {target.first_step}, beyond this recipe's last step {target.max_steps}: raise "
+                "training.max_steps or name another store"
+            )
+
+    def _write_recipe(self) -> None:
+        self._output.mkdir(parents=True, exist_ok=True)
+        (self._output / "recipe.yaml").write_text(dump_recipe(self._recipe), encoding="utf-8")
+
+    def _train(self, target: _Target, metrics_file: MetricsFile) -> None:
+        training = self._recipe.training
+        scheduler = make_scheduler(self._recipe, self._optimizer, target.max_steps, target.first_step)
+        if training.eval_on_start and target.first_step == 0 and target.stop_step and self._data.evaluation is not None:
+            self._eval_before = self._evaluate(0)
+        self._model.train()
+        for step in range(target.first_step, target.stop_step):
+            batch = collate(self._data.train, self._order.batch_for_step(step), self._data.pad_id)
+            self._model(**batch).loss.backward()
+            self._optimizer.commit_extra({**self._identity, "eval_loss_before": self._eval_before})
+            self._optimizer.step()
+            scheduler.step()
+            self._optimizer.zero_grad()
+            metrics = self._model.fuyou.step_metrics()
+            self._statistics.add(metrics)
+            if self._is_evaluated(step + 1, target):
+                metrics["eval_loss"] = self._eval_after = self._evaluate(step + 1)
+                self._model.train()
+            metrics_file.write(metrics)
+            remaining = self._statistics.remaining_seconds(target.max_steps - step - 1)
+            self._reporter.step(StepReport(step + 1, target.max_steps, metrics, remaining))
+
+    def _is_evaluated(self, step: int, target: _Target) -> bool:
+        if self._data.evaluation is None:
+            return False
+        every = self._recipe.training.eval_steps
+        return step == target.max_steps or (every is not None and step % every == 0)
+
+    def _evaluate(self, step: int) -> float:
+        assert self._data.evaluation is not None
+        training = self._recipe.training
+        rows = training.per_device_eval_batch_size or training.per_device_train_batch_size
+        loss = evaluate(self._model, self._data.evaluation, self._data.pad_id, rows)
+        self._evaluated_step = step
+        self._reporter.evaluation(step, loss)
+        return loss
+
+    def _export(self, step: int) -> Path:
+        folder = self._output / "model"
+        mark = folder / EXPORT_MARK
+        identity = {"run": str(self._model.fuyou.store.uuid), "step": step}
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads(mark.read_text(encoding="utf-8")) == identity:
+                return folder
+        self._reporter.note(f"writing the model to {folder}")
+        self._model.save_pretrained(str(folder))
+        if isinstance(self._tokenizer, HuggingFaceTokenizer):
+            self._tokenizer.tokenizer.save_pretrained(str(folder))
+        # Last: a folder with this mark is complete.
+        mark.write_text(json.dumps(identity) + "\n", encoding="utf-8")
+        return folder
+
+
+def make_scheduler(recipe: Recipe, optimizer: Any, max_steps: int, step: int) -> Any:
+    """The learning-rate schedule as it stands after `step` steps; the next step's rate is set in the optimizer."""
+    import transformers
+
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"] = recipe.optimizer.learning_rate
+    training = recipe.training
+    warmup_steps = training.warmup_steps or math.ceil(training.warmup_ratio * max_steps)
+    scheduler = transformers.get_scheduler(
+        training.lr_scheduler_type, optimizer, num_warmup_steps=warmup_steps, num_training_steps=max_steps
+    )
+    if step:
+        # All of these schedules are functions of the step alone: there is nothing to replay.
+        scheduler.last_epoch = step
+        scheduler._step_count = step + 1
+        for group, function in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+            group["lr"] = group["initial_lr"] * function(step)
+        scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    return scheduler
+
+
+def evaluate(model: Any, rows: TokenRows, pad_id: int, rows_per_batch: int) -> float:
+    """Mean loss over all label tokens of `rows`, without gradients; leaves the model in evaluation mode."""
+    import torch
+
+    from fuyou.data import num_label_tokens
+
+    model.eval()
+    total, num_tokens = 0.0, 0
+    with torch.no_grad():
+        for batch in _batches(rows, pad_id, rows_per_batch):
+            weight = num_label_tokens(batch["labels"])
+            total += float(model(**batch).loss) * weight
+            num_tokens += weight
+    if not num_tokens:
+        raise DataError("the held-out rows have no label tokens")
+    return total / num_tokens
+
+
+def _batches(rows: TokenRows, pad_id: int, rows_per_batch: int) -> Iterator[dict[str, Any]]:
+    for begin in range(0, len(rows), rows_per_batch):
+        yield collate(rows, range(begin, min(begin + rows_per_batch, len(rows))), pad_id)
+
+
+def _check_export_folder(folder: Path) -> None:
+    """ConfigError, before anything is computed, if the export would overwrite what is not ours."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / EXPORT_MARK).is_file():
+        raise ConfigError(
+            f"output.dir: {folder} holds files that no run of fuyou exported; move them, name another output.dir or set "
+            "output.export: false"
+        )
+
+
+def _first_sentence(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    text = lines[0] if lines else type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
