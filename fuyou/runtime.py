@@ -332,6 +332,8 @@ class Runtime:
         )
 
     def _build_pools(self) -> None:
+        if self._pools:
+            self._weights.close()
         for pool in self._pools:
             pool.close()
         register = unregister = None

@@ -37,7 +37,9 @@ SAMPLED_QUESTION = "What does json.dumps do?"
 def main() -> int:
     """Run all stages; 0 if the model learned and its export is exact, 1 if not."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("quickstart-run"), help="work folder (./quickstart-run)")
+    parser.add_argument(
+        "--work", type=Path, default=Path("quickstart-run"), help="work folder (./quickstart-run)"
+    )
     parser.add_argument("--steps", type=int, default=NUM_STEPS, help=f"optimizer steps ({NUM_STEPS})")
     options = parser.parse_args()
     work = options.work.resolve()
@@ -67,7 +69,9 @@ def main() -> int:
     del before
     print(f"held-out loss {loss_before:.3f}")
 
-    _headline(f"training: all weights, {options.steps} steps; weights, masters and Adam's states in {work / 'store'}")
+    _headline(
+        f"training: all weights, {options.steps} steps; weights, masters and Adam's states in {work / 'store'}"
+    )
     _fuyou("train", str(recipe))
 
     _headline("after: the export, in plain transformers")
@@ -84,7 +88,9 @@ def main() -> int:
     if difference == 0:
         print("logits of the reloaded export and of the store's model: equal, bit for bit")
     else:
-        problems.append(f"logits of the reloaded export differ from the store's model by up to {difference:g}")
+        problems.append(
+            f"logits of the reloaded export differ from the store's model by up to {difference:g}"
+        )
     for problem in problems:
         print(f"quickstart: {problem}", file=sys.stderr)
     print(f"{time.monotonic() - started_seconds:.0f} s; the model is {work / 'output' / 'model'}")
@@ -129,7 +135,9 @@ def _write_data(work: Path, tokenizer: Any) -> tuple[list[Pair], list[Pair]]:
 
     fitting = [p for p in docstring_pairs() if len(_row(tokenizer, p)[0]) <= MAX_LENGTH]
     if len(fitting) < NUM_HELD_OUT_PAIRS + NUM_TRAIN_PAIRS:
-        sys.exit(f"quickstart: only {len(fitting)} docstrings found in {sys.prefix}: is this a Python without docstrings (-OO)?")
+        sys.exit(
+            f"quickstart: only {len(fitting)} docstrings found in {sys.prefix}: is this a Python without docstrings (-OO)?"
+        )
     held_out = fitting[:NUM_HELD_OUT_PAIRS]
     train = fitting[NUM_HELD_OUT_PAIRS : NUM_HELD_OUT_PAIRS + NUM_TRAIN_PAIRS]
     for name, pairs in (("train", train), ("held-out", held_out)):
@@ -211,11 +219,15 @@ def _answer(model: Any, tokenizer: Any) -> str:
         question, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
     output = model.generate(**_on(inputs, model), max_new_tokens=48, do_sample=False)
-    return " ".join(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).split())
+    return " ".join(
+        tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).split()
+    )
 
 
 @torch.no_grad()
-def _logits_difference(plain: Any, work: Path, compute_dtype: str, tokenizer: Any, pairs: list[Pair]) -> float:
+def _logits_difference(
+    plain: Any, work: Path, compute_dtype: str, tokenizer: Any, pairs: list[Pair]
+) -> float:
     """The largest difference between the logits of the reloaded export and those of the model in the store."""
     import fuyou
 

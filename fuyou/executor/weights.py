@@ -29,6 +29,8 @@ class LoadedShard:
         self.transfer: Transfer | None = None
         self.job: UpdateJob | None = None
         self.num_references = 0
+        self.prefetched = False
+        """Read ahead, not yet asked for; this keeps it as a reference would."""
         self.device_weights: torch.Tensor | None = None
         self.uploaded: Ready = nothing_to_wait_for
 
@@ -90,6 +92,7 @@ class WeightStream:
             shard = self._loaded.get(name) or self._start(name, block=True)
             assert shard is not None
             shard.num_references += 1
+            shard.prefetched = False
             if name in self._resident and self.optimizer is not None:
                 self._update_resident(shard)
             self._prefetch()
@@ -125,10 +128,16 @@ class WeightStream:
                 shard = self._loaded.pop(name)
                 self._free_if_unused(shard)
 
+    def close(self) -> None:
+        """Let go of everything read ahead or kept in memory; nothing may be in use."""
+        with self._lock:
+            self._drop_prefetched()
+            self.forget_resident()
+
     def _free_if_unused(self, shard: LoadedShard) -> None:
         name = shard.layout.name
         current = self._loaded.get(name) is shard
-        if shard.num_references > 0 or (current and name in self._resident):
+        if shard.num_references > 0 or shard.prefetched or (current and name in self._resident):
             return
         if current:
             del self._loaded[name]
@@ -138,7 +147,8 @@ class WeightStream:
 
     def _drop_prefetched(self) -> None:
         for shard in list(self._loaded.values()):
-            if shard.num_references == 0 and shard.layout.name not in self._resident:
+            if shard.prefetched:
+                shard.prefetched = False
                 if shard.transfer is not None:
                     shard.transfer.wait()
                 self._free_if_unused(shard)
@@ -161,6 +171,7 @@ class WeightStream:
                 raise
             return None
         shard = LoadedShard(layout, buffer)
+        shard.prefetched = not block
         slot = 0 if optimizer is None else optimizer.slot_of(name)
         extent = self._store.extent(layout.weight_name, slot if self._store.num_slots(layout.weight_name) > 1 else 0)
         shard.transfer = self._engine.read(extent, shard.array)
