@@ -98,10 +98,13 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    import datasets
+
     from fuyou.progress import make_reporter
     from fuyou.recipe import load_recipe
     from fuyou.training import run_training
 
+    datasets.disable_progress_bars()
     recipe = load_recipe(options.recipe, options.set)
     reporter = make_reporter(
         sys.stdout, quiet=options.quiet, as_json=options.json, logging_steps=recipe.training.logging_steps
@@ -341,10 +344,6 @@ def _quiet_libraries() -> None:
     """Keeps the libraries' progress bars and advice out of the output; what matters is said by us."""
     import transformers
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # datasets reads these when it is imported, which is later and only where data is read.
-    os.environ.setdefault("DATASETS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -135,7 +135,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
             _check_hyperparameters(group["lr"], group["betas"], group["eps"], group["weight_decay"])
         self._names = dict(names)
         self._shards = {shard.name: shard for shard in shards}
-        self._store, self._engine, self._gradients = store, engine, gradients
+        self._store, self._engine = store, engine
+        self._gradients, self._records = gradients, records
         self.window: Literal["backward", "forward"] = window
         self._max_grad_norm = max_grad_norm
         self._spilled = spilled
@@ -242,7 +243,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self.flush()
         shape = slot.shape
         parts: list[npt.NDArray[np.float32]] = [np.empty(slot.num_elements, np.float32) for _ in range(3)]
-        weights = self._read_whole(self._store.extent(shard.weight_name, self._slots[shard.name]))
+        weight = self._store.extent(shard.weight_name, self._slots[shard.name])
         state = self._store.extent(shard.state_name, self._slots[shard.name])
         for chunk in range(shard.num_chunks):
             begin, end = shard.chunk_range(chunk)
@@ -250,11 +251,12 @@ class OffloadedAdamW(torch.optim.Optimizer):
             if a >= b:
                 continue
             views = shard.views(self._read_whole(state.sub(*shard.state_range(chunk))), chunk)
+            weights = self._read_whole(weight.sub(*shard.weight_range(chunk)))
             here, there = slice(a - begin, b - begin), slice(a - slot.start, b - slot.start)
             if views.low is None:
-                parts[0][there] = weights.view(np.float32)[a:b]
+                parts[0][there] = weights.view(np.float32)[here]
             else:
-                join_master(weights.view(np.uint16)[a:b], views.low[here], parts[0][there])
+                join_master(weights.view(np.uint16)[here], views.low[here], parts[0][there])
             parts[1][there], parts[2][there] = views.m[here], views.v[here]
         tensors = [torch.from_numpy(part).reshape(shape) for part in parts]
         return ParameterState(*tensors, step=self._num_updates - self._missed.get(name, 0))
@@ -286,9 +288,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
         return self._slots.get(shard, 0)
 
     def is_written(self, shard: str) -> bool:
-        """Whether the shard's latest slot can be read now."""
+        """Whether the shard's latest weights can be read now, and no step in the making is about to replace them."""
         job = self._jobs.get(shard)
-        return job is None or job.done.is_set()
+        return job is None or (job.done.is_set() and all(job is not mine for _, mine in self._step_jobs))
 
     def wait_written(self, shard: str) -> None:
         """Block until the shard's latest slot can be read."""
@@ -569,7 +571,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         raise KeyError(f"{name!r} is not a trainable parameter of this model")
 
     def _read_whole(self, extent: Extent) -> npt.NDArray[np.uint8]:
-        with self._gradients.acquire(extent.num_bytes) as buffer:
+        with self._records.acquire(extent.num_bytes) as buffer:
             self._engine.read(extent, buffer.array[: extent.num_bytes]).wait()
             return buffer.array[: extent.num_bytes].copy()
 

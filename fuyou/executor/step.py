@@ -237,8 +237,8 @@ class StepExecutor:
             if scale != 1.0:
                 self._scale(record, scale)
             # Updates in the backward window take the weights that backward has read; the epilogue's were let go.
-            skip = 0 if self.optimizer.window == "backward" else 1
-            self._weights.announce(self._visits(self._order[::-1][skip:]))
+            epilogue = ["epilogue"] if self.optimizer.window == "backward" and "epilogue" in self._layouts else []
+            self._weights.announce([*epilogue, *self._visits(self._order[-2::-1])])
             self._complete("epilogue")
             if record.needs_prologue:
                 prologue_held.enter_context(self._bound_block("prologue"))

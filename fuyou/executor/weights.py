@@ -87,8 +87,9 @@ class WeightStream:
             # Outside the lock: the update that is waited for gives its buffer back through `release`.
             self.optimizer.wait_written(name)
         with self._lock:
-            if self._visits and self._visits[0] == name:
-                self._visits.popleft()
+            if name in self._visits:
+                while self._visits.popleft() != name:
+                    pass
             shard = self._loaded.get(name) or self._start(name, block=True)
             assert shard is not None
             shard.num_references += 1

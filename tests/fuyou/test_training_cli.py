@@ -191,14 +191,15 @@ def test_evaluation_is_the_mean_over_label_tokens(uninterrupted: Path) -> None:
 @pytest.mark.parametrize("name", ["linear", "cosine", "polynomial", "constant_with_warmup", "inverse_sqrt"])
 def test_a_resumed_schedule_is_the_one_that_was_never_stopped(name: str, tmp_path: Path) -> None:
     recipe = load_recipe(write_recipe(tmp_path, training__lr_scheduler_type=name, training__max_steps=9))
-    plain = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    plain = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
     schedule = make_scheduler(recipe, plain, 9, 0)
     rates = []
     for _ in range(9):
         rates.append(plain.param_groups[0]["lr"])
         plain.step()
         schedule.step()
-    resumed = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.25)
+    resumed = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    resumed.param_groups[0]["lr"] = 0.25  # whatever the optimizer came back with
     schedule = make_scheduler(recipe, resumed, 9, 4)
     for step in range(4, 9):
         assert resumed.param_groups[0]["lr"] == rates[step]
@@ -454,8 +455,12 @@ def test_wrong_model_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "lama" in message
     code, message = refused(capsys, write_recipe(tmp_path, model__config={**TINY_LLAMA, "num_attention_heads": "two"}))
     assert code == 2
+
+
+def test_a_model_that_is_no_language_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, message = refused(capsys, write_recipe(tmp_path, model__config={"model_type": "vit"}))
     assert code in (1, 2)
+    assert "vit" in message.lower()
 
 
 def test_a_folder_that_an_export_would_overwrite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
