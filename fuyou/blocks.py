@@ -72,7 +72,7 @@ def find_blocks(model: nn.Module, path: str | None = None) -> ModelBlocks:
 
 
 def _find_layers(model: nn.Module) -> tuple[str, str]:
-    """Path of the ModuleList that two of three signals agree on, and which they were."""
+    """Path of the ModuleList that has most of four signals, two at the least, and which they were."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     no_split = set(getattr(model, "_no_split_modules", None) or ())
@@ -81,17 +81,27 @@ def _find_layers(model: nn.Module) -> tuple[str, str]:
     num_layers = getattr(text_config, "num_hidden_layers", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{type(model).__name__} is an encoder-decoder model: only decoder-only models are supported")
+    lists = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) > 0
+    }
+    # A list in a list of layers (experts, heads) is no second candidate.
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    inside = _decoder_prefix(model)
     found: list[tuple[int, str, str]] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or len(module) == 0:
+    for name in outermost:
+        if not name.startswith(inside):
             continue
-        signals = []
+        module, signals = lists[name], []
         if all(type(layer).__name__ in no_split for layer in module):
             signals.append("_no_split_modules")
         if all(isinstance(layer, GradientCheckpointingLayer) for layer in module):
             signals.append("GradientCheckpointingLayer")
         if len(module) == num_layers:
             signals.append("num_hidden_layers")
+        if len(outermost) == 1:
+            signals.append("being the only list of modules")
         found.append((len(signals), name, " and ".join(signals)))
     best = max((score for score, _, _ in found), default=0)
     chosen = [(name, signals) for score, name, signals in found if score == best]
@@ -99,10 +109,19 @@ def _find_layers(model: nn.Module) -> tuple[str, str]:
         candidates = ", ".join(repr(name) for _, name, _ in found) or "none"
         raise ModelError(
             f"the decoder layers of {type(model).__name__} were not found for certain (lists of modules: {candidates}); "
-            'name them: OffloadConfig(blocks="model.layers")'
+            f'name them: OffloadConfig(blocks="{found[0][1] if found else "model.layers"}")'
         )
     name, signals = chosen[0]
     return name, f"{name} by {signals}"
+
+
+def _decoder_prefix(model: nn.Module) -> str:
+    """Where the text decoder of a model with other towers is, as the beginning of its modules' names."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
+    for name, module in model.named_modules():
+        if module is decoder and name and any(isinstance(m, nn.ModuleList) for m in module.modules()):
+            return f"{name}."
+    return ""
 
 
 class _FirstLayerReached(BaseException):
@@ -110,9 +129,12 @@ class _FirstLayerReached(BaseException):
 
 
 def _modules_before_layers(model: nn.Module, first_layer: nn.Module) -> set[nn.Module] | None:
-    """Modules whose forward is entered before the first layer's, seen in a forward pass; None if it cannot run."""
+    """Modules whose forward is entered before the first layer's, seen in a forward pass; None if it cannot run.
+
+    The pass runs on the host with parameters that take one element each, so that preparations which look at values
+    (masks, positions) work although the model's own parameters are on the meta device.
+    """
     entered: set[nn.Module] = set()
-    training = model.training
 
     def enter(module: nn.Module, _args: Any) -> None:
         if module is first_layer:
@@ -120,24 +142,46 @@ def _modules_before_layers(model: nn.Module, first_layer: nn.Module) -> set[nn.M
         entered.add(module)
 
     hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]
-    device = next(model.parameters()).device
     try:
-        with torch.no_grad():
-            model(input_ids=torch.zeros((1, 2), dtype=torch.long, device=device))
+        with torch.no_grad(), _stand_in_parameters(model):
+            model(input_ids=torch.zeros((1, 2), dtype=torch.long))
     except _FirstLayerReached:
         return entered
-    except Exception:  # models whose preparation does not run on the meta device
+    except Exception:  # whatever a model's preparation may raise on such inputs: the names decide then
         return None
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(training)
     return None
 
 
+@contextlib.contextmanager
+def _stand_in_parameters(model: nn.Module) -> Iterator[None]:
+    """Parameters and buffers on the host inside this context, whatever the device of the model's own."""
+    parameters = [(m._parameters, k, p) for m in model.modules() for k, p in m._parameters.items() if p is not None]
+    buffers = [(m._buffers, k, b) for m in model.modules() for k, b in m._buffers.items() if b is not None]
+    stand_ins: dict[int, nn.Parameter] = {}
+    try:
+        for holder, name, parameter in parameters:
+            if id(parameter) not in stand_ins:
+                data = torch.zeros(1, dtype=parameter.dtype).expand(parameter.shape)
+                stand_ins[id(parameter)] = nn.Parameter(data, requires_grad=False)
+            holder[name] = stand_ins[id(parameter)]
+        for values, name, buffer in buffers:
+            values[name] = torch.zeros_like(buffer, device="cpu") if buffer.device.type == "meta" else buffer.cpu()
+        yield
+    finally:
+        for holder, name, parameter in parameters:
+            holder[name] = parameter
+        for values, name, buffer in buffers:
+            values[name] = buffer
+
+
 def _assign(model: nn.Module, path: str, layers: list[nn.Module]) -> tuple[Block, ...]:
-    layer_of = {id(module): index for index, layer in enumerate(layers) for module in layer.modules()}
-    if len(layer_of) != sum(1 for layer in layers for _ in layer.modules()):
+    # Modules without parameters (activation functions) may be shared.
+    inside = [(id(m), index) for index, layer in enumerate(layers) for m in layer.modules() if m._parameters]
+    layer_of = dict(inside)
+    if len(layer_of) != len(inside):
         raise ModelError(f"{type(model).__name__} uses the same module in several layers: this cannot be streamed")
     before = _modules_before_layers(model, layers[0])
     registered: list[str] = [name for name, _ in model.named_modules()]
@@ -160,7 +204,6 @@ def _assign(model: nn.Module, path: str, layers: list[nn.Module]) -> tuple[Block
         for parameter in module._parameters.values():
             if parameter is not None:
                 uses[names[id(parameter)]].add(stage(module_name, module))
-    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     stages = [-1, *range(len(layers)), len(layers)]
     block_names = [PROLOGUE, *(f"{path}.{index}" for index in range(len(layers))), EPILOGUE]
     kinds = ["prologue", *("layer" for _ in layers), "epilogue"]
@@ -176,7 +219,6 @@ def _assign(model: nn.Module, path: str, layers: list[nn.Module]) -> tuple[Block
         owned[owner].append(name)
         for other in used - {owner}:
             borrows[other].add(owner)
-    del output
     return tuple(
         Block(name, kind, tuple(owned[s]), tuple(block_names[o + 1] for o in sorted(borrows[s])))
         for s, name, kind in zip(stages, block_names, kinds, strict=True)

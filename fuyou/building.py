@@ -25,9 +25,52 @@ BlockWriter = Callable[[Block, dict[str, torch.Tensor]], None]
 """Takes a block and its parameters' values by name, in the compute dtype, in host memory, until it returns."""
 
 
+class StreamedParameter(nn.Parameter):
+    """A parameter whose values and gradients are in memory for moments only; reading `grad` says so.
+
+    Without that, `torch.nn.utils.clip_grad_norm_` and whatever else works on `p.grad` would find None everywhere, and
+    silently do nothing.
+    """
+
+    stand_in: Callable[[], torch.Tensor | None] | None = None
+    """What `grad` gives while something that only looks at gradients (Trainer's log) is known to be running."""
+
+    @property
+    def grad(self) -> torch.Tensor | None:
+        """None if it needs no gradient; ModelError otherwise, since the gradient is not kept."""
+        if self.stand_in is not None:
+            return self.stand_in()
+        if not self.requires_grad:
+            return None
+        raise ModelError(
+            "p.grad of a streamed model: its gradients go to the optimizer block by block and are never kept. To clip, use "
+            "fuyou.AdamW(model, ..., max_grad_norm=...) instead of clip_grad_norm_; with transformers.Trainer pass "
+            "callbacks=[fuyou.FuyouCallback()], which moves its max_grad_norm there; the optimizer must be fuyou.AdamW"
+        )
+
+    @grad.setter
+    def grad(self, value: torch.Tensor | None) -> None:
+        if value is not None:
+            raise ModelError("p.grad of a streamed model cannot be set: its gradients never wait in p.grad")
+
+    def take_gradient(self) -> torch.Tensor | None:
+        """The gradient that autograd has left here, which is forgotten here."""
+        descriptor = torch.Tensor.grad
+        gradient: torch.Tensor | None = descriptor.__get__(self)  # type: ignore[attr-defined]
+        descriptor.__set__(self, None)  # type: ignore[attr-defined]
+        return gradient
+
+
+_WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
+"""What a safetensors file may hold a weight in."""
+
+
 def placeholder(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor of the right shape, dtype and device that takes one element of memory."""
-    return torch.zeros(1, dtype=dtype, device=device).expand(shape)
+    """A tensor of the right shape, dtype and device that takes one element of memory.
+
+    It is NaN, so that a use of weights which are not there cannot pass for a result.
+    """
+    return torch.full((1,), float("nan") if dtype.is_floating_point else 0, dtype=dtype, device=device).expand(shape)
 
 
 def replace_by_placeholders(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -39,7 +82,7 @@ def replace_by_placeholders(model: nn.Module, dtype: torch.dtype, device: torch.
                 continue
             if id(parameter) not in replaced:
                 data = placeholder(parameter.shape, dtype, device)
-                replaced[id(parameter)] = nn.Parameter(data, requires_grad=parameter.is_floating_point())
+                replaced[id(parameter)] = StreamedParameter(data, requires_grad=parameter.is_floating_point())
             module._parameters[name] = replaced[id(parameter)]
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -63,7 +106,11 @@ def random_blocks(model: nn.Module, blocks: ModelBlocks, seed: int, write: Block
     assign(model, model)
     guard = getattr(init, "guard_torch_init_functions", contextlib.nullcontext)
     state = torch.get_rng_state()
+    placeholders = list(model.parameters())
     try:
+        # A module may hold parameters of several blocks (a tied weight and a bias of its own): only this block's are made.
+        for parameter in placeholders:
+            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         for number, block in enumerate(blocks.blocks):
             torch.manual_seed((seed * 1_000_003 + number) & (2**63 - 1))
             with _materialised(model, block, owners) as modules, torch.no_grad(), guard():
@@ -71,6 +118,8 @@ def random_blocks(model: nn.Module, blocks: ModelBlocks, seed: int, write: Block
                     parents[module]._init_weights(module)
                 write(block, {name: owners[name][0][0]._parameters[owners[name][0][1]].detach() for name in block.parameters})  # type: ignore[union-attr]
     finally:
+        for parameter in placeholders:
+            del parameter._is_hf_initialized  # type: ignore[attr-defined]
         torch.set_rng_state(state)
 
 
@@ -124,6 +173,8 @@ def resolve_checkpoint(name_or_path: str | os.PathLike[str], revision: str | Non
     path = Path(name_or_path).expanduser()
     if path.is_dir():
         return path
+    if path.exists():
+        raise ModelError(f"{name_or_path}: is a file; name the folder that holds config.json and the safetensors files")
     if path.is_absolute() or str(name_or_path).startswith((".", "~")):
         raise ModelError(f"{name_or_path}: no such folder")
     from huggingface_hub import snapshot_download
@@ -180,27 +231,38 @@ def load_blocks(model: nn.Module, blocks: ModelBlocks, folder: Path, dtype: torc
     )
     from transformers.modeling_utils import LoadStateDictConfig
 
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ModelError(
+            f"{folder}: a quantized checkpoint (its config has a quantization_config): all weights are trained in full "
+            "precision here; take the original, or dequantize it in transformers and call save_pretrained once"
+        )
     files = checkpoint_files(folder)
     mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     known = model.state_dict()
     owners = _owners(model)
-    aliases = {f"{_module_name(model, module)}{attribute}": name for name, pairs in owners.items() for module, attribute in pairs}
+    prefixes = {module: f"{name}." if name else "" for name, module in model.named_modules()}
+    aliases = {f"{prefixes[m]}{attribute}": name for name, pairs in owners.items() for m, attribute in pairs}
     block_of = {name: block for block in blocks.blocks for name in block.parameters}
     keys: dict[str, list[tuple[Path, str]]] = collections.defaultdict(list)
     buffers: list[tuple[Path, str]] = []
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                names = list(opened.keys())
+                dtypes = {key: opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{file}: not a readable safetensors file ({error}); fetch it again") from None
-        for key in names:
+        for key, stored_dtype in dtypes.items():
             target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, known)  # type: ignore[arg-type]
             if target not in known and key in known:
                 target = key
             if target in aliases:
+                if stored_dtype not in _WEIGHT_DTYPES:
+                    raise ModelError(
+                        f"{file}: {key} is stored as {stored_dtype}: only unquantized weights ({', '.join(_WEIGHT_DTYPES)}) can "
+                        "be trained"
+                    )
                 keys[block_of[aliases[target]].name].append((file, key))
             elif target in known:
                 buffers.append((file, key))
@@ -218,27 +280,18 @@ def load_blocks(model: nn.Module, blocks: ModelBlocks, folder: Path, dtype: torc
                 continue
             originals = {name: [(m, a, m._parameters[a]) for m, a in owners[name]] for name in block.parameters}
             try:
-                info = load(keys[block.name])
-                if info.mismatched_keys:
-                    name, found, expected = next(iter(info.mismatched_keys))
-                    raise ModelError(
-                        f"{folder}: {name} has shape {tuple(found)} in the checkpoint, the config asks for {tuple(expected)}"
-                    )
-                if info.conversion_errors or info.error_msgs:
-                    problem = next(iter([*info.conversion_errors.values(), *info.error_msgs]))
-                    raise ModelError(f"{folder}: the weights of {block.name} could not be converted: {problem}")
+                try:
+                    info = load(keys[block.name])
+                except (SafetensorError, OSError) as error:
+                    raise ModelError(f"{folder}: the weights of {block.name} cannot be read: {error}") from error
+                _check_loaded(info, folder, block.name)
                 values: dict[str, torch.Tensor] = {}
                 for name, holders in originals.items():
                     loaded = [m._parameters[a] for m, a, old in holders if m._parameters[a] is not old]
-                    if not loaded:
-                        raise ModelError(
-                            f"{folder}: {name} is missing in the checkpoint; it does not belong to this config"
-                        )
-                    assert loaded[0] is not None
+                    if not loaded or loaded[0] is None:
+                        raise ModelError(f"{folder}: {name} is missing in the checkpoint; it does not belong to this config")
                     values[name] = loaded[0].detach()
                 write(block, values)
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{folder}: the weights of {block.name} cannot be read: {error}") from error
             finally:
                 for holders in originals.values():
                     for module, attribute, old in holders:
@@ -250,11 +303,16 @@ def load_blocks(model: nn.Module, blocks: ModelBlocks, folder: Path, dtype: torc
         del model._weight_conversions
 
 
-def _module_name(model: nn.Module, module: nn.Module) -> str:
-    for name, candidate in model.named_modules(remove_duplicate=False):
-        if candidate is module:
-            return f"{name}." if name else ""
-    raise AssertionError("module of another model")
+def _check_loaded(info: Any, folder: Path, block_name: str) -> None:
+    """ModelError for what transformers reports of a block instead of raising it."""
+    if info.mismatched_keys:
+        name, found, expected = next(iter(info.mismatched_keys))
+        raise ModelError(
+            f"{folder}: {name} has shape {tuple(found)} in the checkpoint, the config asks for {tuple(expected)}"
+        )
+    if info.conversion_errors or info.error_msgs:
+        problem = next(iter([*info.conversion_errors.values(), *info.error_msgs]))
+        raise ModelError(f"{folder}: the weights of {block_name} could not be converted: {problem}")
 
 
 @contextlib.contextmanager

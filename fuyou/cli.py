@@ -1,13 +1,14 @@
 """The command line: `fuyou doctor | plan | train | inspect | verify | export`.
 
-Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 does not fit, 130 interrupted (SIGTERM counts as Ctrl-C).
-An error is one message on stderr; FUYOU_TRACEBACK=1 shows where it came from.
+Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 does not fit, 130 interrupted (SIGTERM counts as
+Ctrl-C). An error is one message on stderr; FUYOU_TRACEBACK=1 shows where it came from.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -28,23 +29,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; every error ends here as one message."""
     with _Interruption() as interruption:
         try:
-            options = _parser().parse_args(arguments)
-            _quiet_libraries()
-            command: Callable[[argparse.Namespace], int] = options.command
-            code = command(options)
+            code = _run(arguments)
+            # Here, where a reader that went away is known for what it is; Python's own flush comes too late.
             sys.stdout.flush()
             return code
-        except SystemExit as error:  # argparse, after --help
-            return error.code if isinstance(error.code, int) else EXIT_DONE
         except BrokenPipeError:
-            # The reader went away: nothing can be said to it any more, and Python's own flush at exit must not try.
+            # Nothing can be said to the reader any more, and Python's flush at exit must not try.
             _discard_stdout()
             return EXIT_FAILED
         except BaseException as error:
             return _report(error, interrupted=interruption.arrived)
 
 
-# ------------------------------------------------------------------------------------------------------- commands
+def _run(arguments: Sequence[str] | None) -> int:
+    try:
+        options = _parser().parse_args(arguments)
+    except SystemExit:  # after --help
+        return EXIT_DONE
+    _quiet_libraries()
+    command: Callable[[argparse.Namespace], int] = options.command
+    return command(options)
+
+
+# --------------------------------------------------------------------------------------------------- commands
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -55,7 +62,13 @@ def _doctor(options: argparse.Namespace) -> int:
     findings = examine(options.directory)
     failed = any(finding.status == "problem" for finding in findings)
     if options.json:
-        _print_json({"ok": not failed, "findings": [dataclasses.asdict(f) for f in findings], "todo": advice(findings)})
+        _print_json(
+            {
+                "ok": not failed,
+                "findings": [dataclasses.asdict(f) for f in findings],
+                "todo": advice(findings),
+            }
+        )
     else:
         width = max(len(finding.name) for finding in findings)
         marks = {"ok": "ok  ", "note": "note", "problem": "BAD "}
@@ -69,7 +82,8 @@ def _doctor(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     import fuyou
     from fuyou.hardware import cached_hardware, measure_hardware
-    from fuyou.recipe import load_recipe, read_json
+    from fuyou.recipe import load_recipe
+    from fuyou.recipe_text import read_json
     from fuyou.runtime import choose_device
     from fuyou.training import model_config
 
@@ -151,12 +165,15 @@ def _export(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"out": str(out), "step": step})
     else:
-        print(f"step {step} written to {out}; load it with transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
+        print(
+            f"step {step} written to {out}; load it with "
+            f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
+        )
         print("the tokenizer is not in a store: take it from the model that the run began with")
     return EXIT_DONE
 
 
-# --------------------------------------------------------------------------------------------------------- parser
+# ----------------------------------------------------------------------------------------------------- parser
 
 
 class _Parser(argparse.ArgumentParser):
@@ -188,7 +205,9 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", _train, "train a recipe, or continue it")
     _add_recipe(train)
     train.add_argument("--steps", type=_positive, metavar="N", help="stop cleanly after N further steps")
-    train.add_argument("--resume", type=_resume, metavar="auto|never|must|STEP", help="instead of offload.resume")
+    train.add_argument(
+        "--resume", type=_resume, metavar="auto|never|must|STEP", help="instead of offload.resume"
+    )
     train.add_argument("--quiet", action="store_true", help="print errors only")
 
     for name, command, text in (
@@ -202,7 +221,11 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("out", metavar="OUT", help="folder to be made")
             sub.add_argument("--host-memory", metavar="SIZE", help='budget, such as "8GiB"')
         sub.add_argument(
-            "--also", action="append", default=[], metavar="DIR", help="further directory of a store on several drives"
+            "--also",
+            action="append",
+            default=[],
+            metavar="DIR",
+            help="further directory of a store on several drives",
         )
     return parser
 
@@ -210,7 +233,11 @@ def _parser() -> argparse.ArgumentParser:
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value of the recipe"
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="override one value of the recipe",
     )
 
 
@@ -233,7 +260,7 @@ def _directories(options: argparse.Namespace) -> str | list[str]:
     return [store, *options.also] if options.also else store
 
 
-# --------------------------------------------------------------------------------------------------------- output
+# ----------------------------------------------------------------------------------------------------- output
 
 
 def _print_json(value: Any) -> None:
@@ -262,7 +289,7 @@ def _flat_text(value: Any) -> str:
     return "none" if value in (None, {}) else str(value)
 
 
-# --------------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------- errors
 
 
 def _report(error: BaseException, *, interrupted: bool) -> int:
@@ -284,16 +311,21 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return EXIT_USAGE, text
     if isinstance(error, PlanError):
         return EXIT_DOES_NOT_FIT, text
-    if isinstance(error, FuyouError | OSError) or type(error).__module__.split(".")[0] in ("io_engine", "optim"):
+    if isinstance(error, FuyouError | OSError) or type(error).__module__.split(".")[0] in (
+        "io_engine",
+        "optim",
+    ):
         return EXIT_FAILED, text
     if type(error).__name__ == "OutOfMemoryError":
         return EXIT_FAILED, (
-            f"the GPU's memory is used up ({text.splitlines()[0]}): lower offload.micro_batch_size or data.max_length"
+            f"the GPU's memory is used up ({text.splitlines()[0]}): lower offload.micro_batch_size or "
+            "data.max_length"
         )
     if isinstance(error, MemoryError):
         return EXIT_FAILED, f"the host's memory is used up ({text}): lower offload.host_memory"
     return EXIT_FAILED, (
-        f"unexpected {type(error).__name__}: {text.splitlines()[0]} (this is a defect of fuyou; FUYOU_TRACEBACK=1 shows "
+        f"unexpected {type(error).__name__}: {text.splitlines()[0]} (this is a defect of fuyou; "
+        "FUYOU_TRACEBACK=1 shows "
         "where it happened)"
     )
 
@@ -342,8 +374,8 @@ class _Interruption:
 
 def _quiet_libraries() -> None:
     """Keeps the libraries' progress bars and advice out of the output; what matters is said by us."""
-    import transformers
-
+    # Untyped functions of another package.
+    logging: Any = importlib.import_module("transformers.utils.logging")
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
-        transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+        logging.set_verbosity_error()
+    logging.disable_progress_bar()

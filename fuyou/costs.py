@@ -16,3 +16,8 @@ def state_bytes_per_parameter(compute_dtype: str) -> int:
 def step_flops(num_parameters: int, num_tokens: int) -> float:
     """Forward 2, backward 4, recomputation 2 operations per parameter and token (attention scores left out)."""
     return 8.0 * num_parameters * num_tokens
+
+
+def num_update_workers(device: str, num_cores: int) -> int:
+    """Threads for Adam: on a CPU the blocks need cores too, beside a GPU two are left for everything else."""
+    return max(1, num_cores // 2 if device == "cpu" else num_cores - 2)

@@ -11,7 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fuyou.config import format_bytes
 
@@ -36,7 +36,7 @@ class Finding:
 
 
 def examine(directory: str | os.PathLike[str] = ".") -> list[Finding]:
-    """Looks at everything; writes, reads and removes a file of 128 MiB in `directory`. Takes some seconds, blocks."""
+    """Looks at everything; blocks for seconds. Writes, reads and removes 128 MiB in `directory`."""
     checks: tuple[Callable[[], Iterator[Finding]], ...] = (
         _python,
         _packages,
@@ -94,7 +94,8 @@ def _packages() -> Iterator[Finding]:
     yield Finding(
         "kvikio",
         "note",
-        f"{found[0] if found else 'not installed'}; not used by this version, files are moved through host memory",
+        f"{found[0] if found else 'not installed'}; not used by this version, files are moved through host "
+        "memory",
     )
 
 
@@ -185,7 +186,9 @@ def _descriptors() -> Iterator[Finding]:
         "open files",
         "problem" if low else "ok",
         f"at most {'unlimited' if soft == resource.RLIM_INFINITY else soft}",
-        f"ulimit -n {NEEDED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, 4096)}" if low else "",
+        f"ulimit -n {NEEDED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, 4096)}"
+        if low
+        else "",
     )
 
 
@@ -202,7 +205,8 @@ def _drive(directory: Path) -> Iterator[Finding]:
     yield Finding(
         name,
         "ok" if probe.direct else "note",
-        f"read {probe.read_bytes_per_second / 1e9:.2f} GB/s, write {probe.write_bytes_per_second / 1e9:.2f} GB/s, "
+        f"read {probe.read_bytes_per_second / 1e9:.2f} GB/s, write {probe.write_bytes_per_second / 1e9:.2f} "
+        "GB/s, "
         f"both at once {probe.mixed_bytes_per_second / 1e9:.2f} GB/s; {format_bytes(probe.free_bytes)} free",
         "" if probe.direct else "this file system has no O_DIRECT; a store on ext4 or xfs is faster",
     )
@@ -219,10 +223,11 @@ def _installed(name: str) -> bool:
 
 def _requires_python() -> str | None:
     try:
-        value: Any = importlib.metadata.metadata("fuyou").get("Requires-Python")
+        metadata = importlib.metadata.metadata("fuyou")
     except importlib.metadata.PackageNotFoundError:  # run from a checkout that is not installed
         return None
-    return None if value is None else str(value)
+    # Subscription of a missing field is deprecated, and the type has no `get`.
+    return next(iter(metadata.get_all("Requires-Python") or ()), None)
 
 
 def _required_ranges() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON line for each optimizer step of a run, whatever was killed and resumed in between."""
+"""metrics.jsonl: one JSON line for each optimizer step of a run, however often it was killed and resumed."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ def _finite(value: Any) -> Any:
 class MetricsFile:
     """Appends a line a step to a file.
 
-    Opening at `resumed_step` removes the lines of later steps, which the killed run took but did not commit, and a
-    half-written last line; the file is replaced as a whole, so that no crash leaves less than the lines before. A run
-    that begins at step 0 puts the file of an earlier run aside (metrics.1.jsonl, ...) instead. Raises OSError.
+    Opening at `resumed_step` removes the lines of later steps, which the killed run took but did not commit,
+    and a half-written last line; the file is replaced as a whole, so that no crash leaves less than the lines
+    before. A run that begins at step 0 puts the file of an earlier run aside (metrics.1.jsonl, ...) instead.
+    Raises OSError.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resumed_step: int) -> None:

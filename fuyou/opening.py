@@ -22,10 +22,11 @@ from fuyou.building import (
 from fuyou.config import OffloadConfig
 from fuyou.errors import ConfigError, ModelError
 from fuyou.hardware import HardwareProfile, cached_hardware
+from fuyou.memory import return_freed_memory
 from fuyou.plan import Plan
 from fuyou.runtime import Runtime, choose_device, fingerprint, plan_for, shard_layouts, write_block
 from fuyou.trace import Trace
-from io_engine import BufferPool, Engine, ExtentSpec, PosixEngine, Store, StoreError
+from io_engine import BufferPool, Engine, ExtentSpec, PosixEngine, Store, StoreError, StoreSnapshot
 from optim import DEFAULT_CHUNK_ELEMENTS, OffloadedAdamW, ShardLayout
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -102,7 +103,10 @@ def from_config(
 
 
 def open_store_model(store: str | os.PathLike[str] | Sequence[str], *, host_memory: str | int | None = None) -> Any:
-    """The model of a store, from the store alone (its config is in it): for export and evaluation."""
+    """The model of a store, from the store alone (its config is in it): for export and evaluation.
+
+    Nothing in it requires gradients, so that a budget for one block's weights does.
+    """
     directories = OffloadConfig(store=store).store_directories  # type: ignore[arg-type]
     description = Store.peek(directories).description
     config = _config_from(description)
@@ -115,7 +119,7 @@ def open_store_model(store: str | os.PathLike[str] | Sequence[str], *, host_memo
     )
 
     def fill(*_: Any) -> None:
-        raise StoreError(f"{directories[0]}: the store was never filled: run the command that made it again")
+        raise AssertionError("resume='must' opens filled stores only")
 
     return _open(
         config,
@@ -123,7 +127,7 @@ def open_store_model(store: str | os.PathLike[str] | Sequence[str], *, host_memo
         source="",
         seed=None,
         attn_implementation=description.get("attn_implementation"),
-        trainable=None,
+        trainable=(),
         fill=fill,
         check=lambda: None,
         folder=None,
@@ -252,21 +256,21 @@ def _open(
     check: Callable[[], object],
     folder: Path | None,
 ) -> Any:
+    return_freed_memory()
     device = choose_device(offload)
     dtype = DTYPES[offload.compute_dtype]
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with meta_model(config, dtype, **kwargs) as model:
         blocks = find_blocks(model, offload.blocks)
     layouts = shard_layouts(blocks, model, offload.compute_dtype, DEFAULT_CHUNK_ELEMENTS)
-    _freeze(model, trainable)
     replace_by_placeholders(model, dtype, torch.device(device))
     _freeze(model, trainable)
     model.train()
-    # Refused before anything is made on the drive.
-    plan_for(
+    # Refused before anything is made on the drive; clipping is not known yet, and needs no more memory.
+    plan = plan_for(
         blocks,
         layouts,
-        lambda _name: True,
+        {name for name, p in model.named_parameters() if p.requires_grad}.__contains__,
         offload,
         device=device,
         clipping=False,
@@ -274,11 +278,12 @@ def _open(
     )
     identity = {"fingerprint": fingerprint(config, type(model).__name__), "compute_dtype": offload.compute_dtype}
     directories = offload.store_directories
-    engine = PosixEngine()
+    engine = PosixEngine(num_threads=plan.num_io_threads)
     store: Store | None = None
+    runtime: Runtime | None = None
     try:
         exists = Store.exists(directories)
-        _check_resume_before(offload, exists, directories[0])
+        _check_resume(offload, Store.peek(directories) if exists else None, directories[0])
         if not exists:
             check()  # a checkpoint that cannot be read makes no store
         store = Store.open(directories, engine=engine) if exists else Store.create(directories, identity=identity, engine=engine)
@@ -286,7 +291,7 @@ def _open(
             _check_identity(store, identity, type(model).__name__, directories[0])
         names = set(store.names())
         wanted = [layout for layout in layouts.values() if layout.weight_name not in names]
-        if wanted:
+        if not store.state.get("filled"):
             description = {
                 "model": type(model).__name__,
                 "source": source,
@@ -330,13 +335,14 @@ def _open(
             micro_batch_size=numerics["micro_batch_size"],
             resumed=resumed,
         )
+        _load_generation_config(model, folder)
     except BaseException:
-        if store is not None:
+        if runtime is not None:
+            runtime.abandon()
+        elif store is not None:
             store.close()
         engine.close()
         raise
-    _load_generation_config(model, folder)
-    runtime.check_resumed_step()
     return model
 
 
@@ -348,19 +354,30 @@ def _freeze(model: nn.Module, patterns: Sequence[str] | None) -> None:
     matched = 0
     for name, parameter in model.named_parameters():
         wanted = any(re.fullmatch(pattern, name) for pattern in patterns)
-        parameter.requires_grad_(wanted)
+        parameter.requires_grad_(wanted and parameter.is_floating_point())
         matched += wanted
-    if not matched:
+    if patterns and not matched:
         raise ConfigError(f"trainable={list(patterns)!r}: no parameter of this model matches")
 
 
-def _check_resume_before(offload: OffloadConfig, exists: bool, directory: Path) -> None:
-    if offload.resume == "never" and exists:
+def _check_resume(offload: OffloadConfig, found: StoreSnapshot | None, directory: Path) -> None:
+    """StoreError if `offload.resume` and what the directory holds do not go together; nothing is changed."""
+    wanted = offload.resume
+    # A store that was never filled holds no run: making it ended early.
+    holds_run = found is not None and bool(found.state.get("filled"))
+    if wanted == "never" and holds_run:
+        assert found is not None
         raise StoreError(
-            f'{directory} holds a run already and resume="never": name another directory, or resume="auto" to continue it'
+            f'{directory} holds a run already, at step {found.step}, and resume="never": name another directory, or '
+            'resume="auto" to continue it'
         )
-    if (offload.resume == "must" or isinstance(offload.resume, int)) and not exists:
-        raise StoreError(f"{directory} holds no run to resume (resume={offload.resume!r})")
+    if (wanted == "must" or isinstance(wanted, int)) and not holds_run:
+        state = "holds no run" if found is None else "holds a store that was never filled, and no run"
+        raise StoreError(f'{directory} {state} to resume (resume={wanted!r}): begin one with resume="auto"')
+    if isinstance(wanted, int) and found is not None and found.step != wanted:
+        raise StoreError(
+            f'{directory} stands at step {found.step}, not at resume={wanted}, and keeps no other: use resume="auto"'
+        )
 
 
 def _check_identity(store: Store, identity: dict[str, str], model_class: str, directory: Path) -> None:

@@ -27,6 +27,17 @@ class BlockPlan:
     gradient: Literal["host", "spill"]
     """Where the gradient waits when updates are in the forward window."""
     activations: Literal["recompute"] = "recompute"
+    num_borrowers: int = 0
+    """Other blocks that compute with its weights too (tied embeddings)."""
+
+    def num_weight_reads(self, update_window: str) -> int:
+        """How often a steady step reads the weights from the drive."""
+        if self.weights_in_host:
+            return 0
+        # Forward and backward pass, and once for each borrower. The epilogue's backward pass follows its forward pass
+        # at once; only an update in the backward window needs its weights again.
+        once = self.kind == "epilogue" and (update_window == "forward" or not self.trainable)
+        return (1 if once else 2) + self.num_borrowers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +71,8 @@ class Plan:
     activation_pool_bytes: int
     blocks: tuple[BlockPlan, ...]
     reasons: dict[str, str]
+    overhead_bytes: int = 0
+    """Part of host_memory_bytes left to Python, torch's temporaries and the allocator."""
     prediction: Prediction | None = None
 
     def __post_init__(self) -> None:
@@ -68,14 +81,26 @@ class Plan:
             self.gradient_pool_bytes,
             self.record_pool_bytes,
             self.activation_pool_bytes,
+            self.overhead_bytes,
         )
+        if min(pools) < 0 or self.prefetch_depth < 0 or self.num_update_workers < 1 or self.num_io_threads < 1:
+            raise ConfigError("plan: pools and prefetch_depth must be at least 0, numbers of threads at least 1")
         if sum(pools) > self.host_memory_bytes:
             raise ConfigError(
-                f"plan: its pools take {format_bytes(sum(pools))}, more than host_memory_bytes = "
+                f"plan: its pools and overhead take {format_bytes(sum(pools))}, more than host_memory_bytes = "
                 f"{format_bytes(self.host_memory_bytes)}"
             )
+        if any(b.gradient not in ("host", "spill") for b in self.blocks):
+            raise ConfigError('plan: gradient of a block: choose "host" or "spill"')
         if self.update_window not in ("backward", "forward"):
             raise ConfigError(f'plan: update_window={self.update_window!r}: choose "backward" or "forward"')
+
+    @property
+    def pool_bytes(self) -> int:
+        """All pools together: the most that buffers take."""
+        return (
+            self.weight_pool_bytes + self.gradient_pool_bytes + self.record_pool_bytes + self.activation_pool_bytes
+        )
 
     @property
     def num_parameters(self) -> int:
@@ -90,7 +115,8 @@ class Plan:
             f"  store          {format_bytes(stored)} (weights, master, moments; two slots)",
             f"  host memory    {format_bytes(self.host_memory_bytes)}: weights {format_bytes(self.weight_pool_bytes)}, "
             f"gradients {format_bytes(self.gradient_pool_bytes)}, records {format_bytes(self.record_pool_bytes)}, "
-            f"activations {format_bytes(self.activation_pool_bytes)}",
+            f"activations {format_bytes(self.activation_pool_bytes)}, left to Python and torch "
+            f"{format_bytes(self.host_memory_bytes - self.pool_bytes)}",
             f"  kept in host   weights of {sum(b.weights_in_host for b in self.blocks)} and states of "
             f"{sum(b.states_in_host for b in self.blocks)} of {len(self.blocks)} blocks",
             f"  updates        in the {self.update_window} window, {self.num_update_workers} workers",

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 from fuyou.config import format_bytes
-from fuyou.costs import step_flops
+from fuyou.costs import num_update_workers, step_flops
 from fuyou.errors import PlanError
 from fuyou.hardware import HardwareProfile
 from fuyou.plan import BlockPlan, Plan, Prediction
 from io_engine.buffers import size_class_bytes
 
 MEBIBYTE = 2**20
-NUM_RECORD_BUFFERS = 4
+LEAST_RECORD_BUFFERS, COMFORTABLE_RECORD_BUFFERS = 2, 4
+"""One record is read while another is updated or written; with four, all three overlap."""
 MIN_ACTIVATION_BYTES = 8 * MEBIBYTE
+OVERHEAD_SHARE, MAX_OVERHEAD_BYTES = 6, 96 * MEBIBYTE
+"""A sixth of the budget, at most this, stays free for Python objects, kernels, torch's temporaries and what the
+allocator keeps: 60 to 90 MiB beside the pools were measured with 85M to 567M parameters."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,49 @@ def pooled_bytes(num_bytes: int) -> int:
     return size_class_bytes(num_bytes) if num_bytes else 0
 
 
+@dataclasses.dataclass(frozen=True)
+class LeastMemory:
+    """What a plan needs whatever it decides, in bytes of each pool: one block at a time, nothing read ahead."""
+
+    weights: int
+    gradients: int
+    records: int
+    activations: int
+
+    @property
+    def pool_bytes(self) -> int:
+        """All pools."""
+        return self.weights + self.gradients + self.records + self.activations
+
+    @property
+    def host_memory_bytes(self) -> int:
+        """The smallest budget whose share for the pools holds them; a whole number of MiB."""
+        with_share = -(-self.pool_bytes * OVERHEAD_SHARE // (OVERHEAD_SHARE - 1))
+        needed = min(with_share, self.pool_bytes + MAX_OVERHEAD_BYTES)
+        return -(-needed // MEBIBYTE) * MEBIBYTE
+
+
+def overhead_bytes(host_memory_bytes: int) -> int:
+    """The part of a budget that no pool gets."""
+    return min(MAX_OVERHEAD_BYTES, host_memory_bytes // OVERHEAD_SHARE)
+
+
+def least_memory(shards: Sequence[ShardSize]) -> LeastMemory:
+    """The least for these blocks, clipping or not, so that what could be opened can also be trained."""
+    trainable = [s for s in shards if s.trainable]
+    tied = {name for s in shards for name in s.borrowed}
+    gradients = {s.name: pooled_bytes(s.gradient_bytes) for s in trainable}
+    # Gradients of borrowed weights stay open from the last block to the first.
+    open_gradients = sum(gradients.get(name, 0) for name in tied)
+    record = max((s.record_bytes + s.gradient_chunk_bytes for s in trainable), default=0)
+    return LeastMemory(
+        weights=max(pooled_bytes(s.weight_bytes) + pooled_bytes(s.borrowed_bytes) for s in shards),
+        gradients=open_gradients + max((b for name, b in gradients.items() if name not in tied), default=0),
+        records=LEAST_RECORD_BUFFERS * pooled_bytes(record),
+        activations=MIN_ACTIVATION_BYTES,
+    )
+
+
 def make_plan(
     shards: Sequence[ShardSize],
     *,
@@ -57,43 +104,27 @@ def make_plan(
 ) -> Plan:
     """Decide; PlanError says how much memory is short and what the least is.
 
-    Without `hardware` there is no prediction of time. `boundary_bytes` is what one step saves between blocks (None: not known before the first batch), `num_tokens` the
-    tokens of one step.
+    Without `hardware` there is no prediction of time. `boundary_bytes` is what one step saves between blocks (None: not
+    known before the first batch), `num_tokens` the tokens of one step.
     """
     reasons = {"host_memory": host_memory_reason}
-    trainable = [s for s in shards if s.trainable]
     window: Literal["backward", "forward"] = "forward" if clipping else "backward"
     reasons["update_window"] = (
         "clipping needs the norm of all gradients first; each block is updated on the way to its next forward pass"
         if clipping
         else "no clipping: each block is updated as soon as its gradient is whole"
     )
-    # What is needed whatever the model's size: the blocks in use, the next one, and the one before on its way out.
-    bound = [pooled_bytes(s.weight_bytes) for s in shards]
-    least_weights = max(b + pooled_bytes(s.borrowed_bytes) for b, s in zip(bound, shards, strict=True))
-    largest = sorted(bound, reverse=True)
-    comfortable_weights = max(sum(largest[:3]), least_weights + sum(largest[:1]))
-    tied = {name for s in shards for name in s.borrowed}
-    gradients = {s.name: pooled_bytes(s.gradient_bytes) for s in trainable}
-    widest = sorted(gradients.values(), reverse=True)
-    # Gradients of borrowed weights stay open from the last block to the first.
-    open_gradients = sum(gradients.get(name, 0) for name in tied)
-    least_gradients = (widest[0] if widest else 0) + open_gradients
-    comfortable_gradients = sum(widest[:2]) + open_gradients
-    record_bytes = max((s.record_bytes for s in trainable), default=0)
-    spilled_record_bytes = record_bytes + max((s.gradient_chunk_bytes for s in trainable), default=0)
-    records = (NUM_RECORD_BUFFERS - 1) * pooled_bytes(record_bytes)
-    spill_records = (NUM_RECORD_BUFFERS - 1) * pooled_bytes(spilled_record_bytes)
-    activations = MIN_ACTIVATION_BYTES
-    needed = least_weights + least_gradients + (spill_records if clipping else records) + activations
-    if needed > host_memory_bytes:
+    least = least_memory(shards)
+    overhead = overhead_bytes(host_memory_bytes)
+    free = host_memory_bytes - overhead - least.pool_bytes
+    if free < 0:
         raise PlanError(
-            f"host_memory = {format_bytes(host_memory_bytes)} is {format_bytes(needed - host_memory_bytes)} short: the least "
-            f"for this model is {format_bytes(needed)} (weights {format_bytes(least_weights)}, gradients "
-            f"{format_bytes(least_gradients)}, records {format_bytes(spill_records if clipping else records)}, activations "
-            f'{format_bytes(activations)}). Set host_memory="{-(-needed // MEBIBYTE)}MiB" or more'
+            f"host_memory = {format_bytes(host_memory_bytes)} is {format_bytes(least.host_memory_bytes - host_memory_bytes)} "
+            f"short: the least for this model is {format_bytes(least.host_memory_bytes)} (weights "
+            f"{format_bytes(least.weights)}, gradients {format_bytes(least.gradients)}, records {format_bytes(least.records)}, "
+            f"activations {format_bytes(least.activations)}, the rest for Python and torch). "
+            f'Set host_memory="{least.host_memory_bytes // MEBIBYTE}MiB" or more'
         )
-    free = host_memory_bytes - needed
 
     def take(wanted: int) -> int:
         nonlocal free
@@ -101,40 +132,24 @@ def make_plan(
         free -= taken
         return taken
 
-    weight_pool = least_weights + take(comfortable_weights - least_weights)
-    prefetch_depth = 1 if weight_pool < comfortable_weights else 2
-    gradient_pool = least_gradients + take(comfortable_gradients - least_gradients)
+    trainable = [s for s in shards if s.trainable]
+    largest = sorted((pooled_bytes(s.weight_bytes) for s in shards), reverse=True)
+    widest = sorted((pooled_bytes(s.gradient_bytes) for s in trainable), reverse=True)
+    record = max((s.record_bytes for s in trainable), default=0)
+    spilled_record = max((s.record_bytes + s.gradient_chunk_bytes for s in trainable), default=0)
+    # Comfort first: three blocks of weights (one on its way in, one in use, one on its way out), two gradients.
+    wanted_weights = max(sum(largest[:3]) - least.weights, largest[0])
+    weight_pool = least.weights + take(wanted_weights)
+    prefetch_depth = 2 if weight_pool == least.weights + wanted_weights else 1
+    gradient_pool = least.gradients + take(widest[1] if len(widest) > 1 else 0)
+    record_pool = least.records
+    ring = COMFORTABLE_RECORD_BUFFERS * pooled_bytes(spilled_record if clipping else record)
+    record_pool += take(ring - record_pool)
+    activations = least.activations
     activations += take((boundary_bytes or host_memory_bytes // 16) - activations)
-    # Held gradients save 8 B of traffic for 4 B of memory, weights 4 for 2, states 10 for 10: in this order.
-    held: set[str] = set()
-    if clipping:
-        for shard in trainable:
-            size = gradients[shard.name]
-            if size > free:
-                break
-            gradient_pool += take(size)
-            held.add(shard.name)
-        reasons["gradients"] = (
-            f"{len(held)} of {len(trainable)} blocks' gradients wait for the norm in host memory"
-            + ("" if len(held) == len(trainable) else ", the others in scratch files: 8 B more a parameter")
-        )
-    spills = clipping and len(held) < len(trainable)
-    record_pool = spill_records if clipping else records
-    record_pool += take(pooled_bytes(spilled_record_bytes if spills else record_bytes))
-    weights_in_host, states_in_host = set(), set()
-    for shard in shards:
-        if pooled_bytes(shard.weight_bytes) <= free:
-            weight_pool += take(pooled_bytes(shard.weight_bytes))
-            weights_in_host.add(shard.name)
-    for shard in trainable:
-        if pooled_bytes(shard.state_bytes) <= free:
-            record_pool += take(pooled_bytes(shard.state_bytes))
-            states_in_host.add(shard.name)
-    activations += take(free)
-    reasons["weights_in_host"] = "saves 2 B of reads for each byte kept; every step is still written through"
-    reasons["durability"] = "every optimizer step is committed; a crash costs at most the two steps in flight"
-    reasons["activations"] = "each layer is computed again in the backward pass; its input alone is kept"
-    blocks = tuple(
+    # Then what saves most traffic per byte of memory; a smaller thing behind a larger one that does not fit gets its
+    # chance. In this order more memory never means more traffic.
+    blocks = [
         BlockPlan(
             name=s.name,
             kind=s.kind,
@@ -143,13 +158,46 @@ def make_plan(
             weight_bytes=s.weight_bytes,
             state_bytes=s.state_bytes if s.trainable else 0,
             gradient_bytes=s.gradient_bytes if s.trainable else 0,
-            weights_in_host=s.name in weights_in_host,
-            states_in_host=s.name in states_in_host,
-            gradient="host" if not clipping or s.name in held else "spill",
+            weights_in_host=False,
+            states_in_host=False,
+            gradient="spill" if clipping and s.trainable else "host",
+            num_borrowers=sum(s.name in other.borrowed for other in shards),
         )
         for s in shards
+    ]
+    choices = sorted(_choices(blocks, window), key=lambda c: -c.bytes_saved / c.memory_bytes)
+    spills = any(b.gradient == "spill" for b in blocks)
+    while choices:
+        choice = next((c for c in choices if c.memory_bytes <= free), None)
+        if choice is None:
+            break
+        choices.remove(choice)
+        free -= choice.memory_bytes
+        blocks[choice.block] = dataclasses.replace(blocks[choice.block], **choice.change)
+        if "gradient" in choice.change:
+            gradient_pool += choice.memory_bytes
+        elif "weights_in_host" in choice.change:
+            weight_pool += choice.memory_bytes
+        else:
+            record_pool += choice.memory_bytes
+        if spills and not any(b.gradient == "spill" for b in blocks):
+            spills = False  # records need no room for a gradient's chunk any more
+            surplus = ring - max(least.records, COMFORTABLE_RECORD_BUFFERS * pooled_bytes(record))
+            surplus = max(0, min(surplus, record_pool - least.records))
+            record_pool -= surplus
+            free += surplus
+    activations += take(free)
+    if clipping:
+        num_held = sum(b.trainable and b.gradient == "host" for b in blocks)
+        reasons["gradients"] = f"{num_held} of {len(trainable)} blocks' gradients wait for the norm in host memory" + (
+            ", the others in scratch files: 8 B more a parameter" if spills else ""
+        )
+    reasons["weights_in_host"] = (
+        f"weights of {sum(b.weights_in_host for b in blocks)} and states of {sum(b.states_in_host for b in blocks)} of "
+        f"{len(blocks)} blocks, by traffic saved per byte of memory; every step is still written through"
     )
-    num_workers = max(1, num_cores // 2 if device == "cpu" else num_cores - 2)
+    reasons["durability"] = "every optimizer step is committed; a crash costs at most the two steps in flight"
+    reasons["activations"] = "each layer is computed again in the backward pass; its input alone is kept"
     return Plan(
         device=device,
         compute_dtype=compute_dtype,
@@ -157,34 +205,61 @@ def make_plan(
         durability="step",
         update_window=window,
         prefetch_depth=prefetch_depth,
-        num_update_workers=num_workers,
+        num_update_workers=num_update_workers(device, num_cores),
         num_io_threads=4,
         host_memory_bytes=host_memory_bytes,
         weight_pool_bytes=weight_pool,
         gradient_pool_bytes=gradient_pool,
         record_pool_bytes=record_pool,
         activation_pool_bytes=activations,
-        blocks=blocks,
+        overhead_bytes=overhead,
+        blocks=tuple(blocks),
         reasons=reasons,
         prediction=None if hardware is None else predict(blocks, window, hardware, num_tokens),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """Something that may be kept in host memory: a change to block number `block` and what it costs and saves."""
+
+    block: int
+    change: dict[str, Any]
+    memory_bytes: int
+    bytes_saved: int
+
+
+def _choices(blocks: Sequence[BlockPlan], window: str) -> Iterator[_Choice]:
+    for number, block in enumerate(blocks):
+        if block.gradient == "spill":
+            yield _Choice(number, {"gradient": "host"}, pooled_bytes(block.gradient_bytes), 2 * block.gradient_bytes)
+    for number, block in enumerate(blocks):
+        saved = block.num_weight_reads(window) * block.weight_bytes
+        yield _Choice(number, {"weights_in_host": True}, pooled_bytes(block.weight_bytes), saved)
+    for number, block in enumerate(blocks):
+        if block.trainable:
+            yield _Choice(number, {"states_in_host": True}, pooled_bytes(block.state_bytes), block.state_bytes)
+
+
+def traffic(blocks: Sequence[BlockPlan], window: str) -> tuple[int, int]:
+    """Bytes that a steady step reads from and writes to the drive, spilled activations left out."""
+    read = written = 0
+    for block in blocks:
+        read += block.num_weight_reads(window) * block.weight_bytes
+        if block.trainable:
+            read += 0 if block.states_in_host else block.state_bytes
+            written += block.weight_bytes + block.state_bytes
+            if block.gradient == "spill" and window == "forward":
+                read += block.gradient_bytes
+                written += block.gradient_bytes
+    return read, written
 
 
 def predict(
     blocks: Sequence[BlockPlan], window: str, hardware: HardwareProfile, num_tokens: int | None
 ) -> Prediction:
     """A steady step's traffic and time: the busiest lane's, with compute and Adam sharing the cores on a CPU."""
-    read = written = 0
-    for block in blocks:
-        if not block.weights_in_host:
-            # Forward and backward; the head and its loss run once.
-            read += block.weight_bytes * (1 if block.kind == "epilogue" and window == "forward" else 2)
-        if block.trainable:
-            read += 0 if block.states_in_host else block.state_bytes
-            written += block.weight_bytes + block.state_bytes
-            if block.gradient == "spill":
-                read += block.gradient_bytes
-                written += block.gradient_bytes
+    read, written = traffic(blocks, window)
     num_parameters = sum(b.num_parameters for b in blocks)
     compute = step_flops(num_parameters, num_tokens or 0) / hardware.compute_flops_per_second
     adam = sum(b.num_parameters for b in blocks if b.trainable) / hardware.adam_parameters_per_second

@@ -1,4 +1,4 @@
-"""What the command line shows of a run: a live line on a terminal, plain lines in a pipe, JSON lines, or nothing."""
+"""What the command line shows of a run: a live line on a terminal, lines in a pipe, JSON, or nothing."""
 
 from __future__ import annotations
 
@@ -222,7 +222,8 @@ class TerminalReporter(QuietReporter):
 
     def step(self, report: StepReport) -> None:
         """See `Reporter`."""
-        assert self._progress is not None and self._task is not None
+        assert self._progress is not None
+        assert self._task is not None
         self._progress.update(self._task, completed=report.step, figures=step_text(report))
         if report.metrics.get("skipped"):
             self.note(f"step {report.step} changed nothing: {report.metrics['skipped']}")
@@ -248,14 +249,18 @@ class TerminalReporter(QuietReporter):
             self._progress = None
 
 
-def make_reporter(file: TextIO, *, quiet: bool = False, as_json: bool = False, logging_steps: int = 1) -> Reporter:
+def make_reporter(
+    file: TextIO, *, quiet: bool = False, as_json: bool = False, logging_steps: int = 1
+) -> Reporter:
     """The reporter that fits where the output goes."""
     if as_json:
         return JsonReporter(file)
     if quiet:
         return QuietReporter()
     console = Console(file=file)
-    return TerminalReporter(console) if console.is_terminal else LineReporter(file, logging_steps=logging_steps)
+    return (
+        TerminalReporter(console) if console.is_terminal else LineReporter(file, logging_steps=logging_steps)
+    )
 
 
 def step_text(report: StepReport) -> str:
@@ -300,7 +305,8 @@ def summary_lines(summary: RunSummary) -> list[tuple[str, str]]:
             ),
             (
                 "peak memory",
-                f"host {format_bytes(summary.peak_host_bytes)}, GPU {format_bytes(summary.peak_gpu_bytes)}",
+                f"host {format_bytes(summary.peak_host_bytes)}"
+                + (f", GPU {format_bytes(summary.peak_gpu_bytes)}" if summary.peak_gpu_bytes else ""),
             ),
         ]
     lines += [("store", summary.store), ("metrics", summary.metrics_file)]

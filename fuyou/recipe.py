@@ -1,15 +1,13 @@
 """Recipes: what `fuyou train` and `fuyou plan` are asked to do, as YAML checked by frozen typed models.
 
-Relative paths in a recipe are relative to the current directory. `--set section.key=value` overrides one value.
+Relative paths in a recipe are relative to the current directory. `--set section.key=value` overrides one
+value.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +16,7 @@ import yaml
 
 from fuyou.config import OffloadConfig
 from fuyou.errors import ConfigError
+from fuyou.recipe_text import apply_override, explain, parse_yaml, read_json
 
 Positive = Annotated[int, pydantic.Field(gt=0)]
 NotNegative = Annotated[int, pydantic.Field(ge=0)]
@@ -78,9 +77,9 @@ class DataSection(_Section):
     chat_template: bool | None = None
     """Wrap prompt and completion in the tokenizer's chat template. Left out: if it has one."""
     completion_only_loss: bool | None = None
-    """Learn only the answers. Left out: true for prompt and completion, false for chat rows and plain text."""
+    """Learn only the answers. Left out: true for prompt and completion, false for chat rows and text."""
     tokenizer: Text | None = None
-    """Folder or hub name of the tokenizer; "bytes" for trials with random weights. Left out: the model's own."""
+    """Folder or hub name of the tokenizer, or "bytes" for random weights. Left out: the model's own."""
     max_length: Annotated[int, pydantic.Field(ge=2)] = 1024
     """Rows are cut to this many tokens."""
     packing: bool = False
@@ -108,7 +107,8 @@ class DataSection(_Section):
             raise ValueError("give one of eval_file, eval_split and eval_fraction")
         if self.packing:
             raise ValueError(
-                "packing: on is not supported by this version (sequences of one row must not see each other); "
+                "packing: on is not supported by this version (sequences of one row must not see each "
+                "other); "
                 "leave it off"
             )
         pair = self.prompt_field is not None or self.completion_field is not None
@@ -120,7 +120,7 @@ class DataSection(_Section):
 
 
 class OffloadSection(_Section):
-    """Where weights and optimizer states live and how much memory may be used (fields of fuyou.OffloadConfig)."""
+    """Where weights and optimizer states live and how much memory may be used; as fuyou.OffloadConfig."""
 
     store: Text | list[Text]
     """Directory of the store, or one per drive. Made if missing."""
@@ -166,7 +166,13 @@ class OptimizerSection(_Section):
 
 
 Scheduler = Literal[
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
 ]
 
 
@@ -237,7 +243,8 @@ class Recipe(_Section):
             )
         if self.training.eval_steps is not None and not self.has_evaluation:
             raise ValueError(
-                "training.eval_steps is given but nothing is held out: add data.eval_fraction, data.eval_file or "
+                "training.eval_steps is given but nothing is held out: add data.eval_fraction, "
+                "data.eval_file or "
                 "data.eval_split"
             )
         return self
@@ -264,7 +271,7 @@ class Recipe(_Section):
         return self.training.max_grad_norm or None
 
     def offload_config(self, *, resume: str | int | None = None) -> OffloadConfig:
-        """The `offload` section as fuyou.OffloadConfig; ConfigError names the field. `resume` overrides the recipe's."""
+        """The `offload` section checked; ConfigError names the field. `resume` overrides the recipe's."""
         values = self.offload.model_dump()
         values["micro_batch_size"] = (
             self.training.per_device_train_batch_size
@@ -282,19 +289,8 @@ class Recipe(_Section):
             raise ConfigError(f"offload.{error}") from None
 
 
-def read_json(path: str | os.PathLike[str], field: str) -> dict[str, Any]:
-    """The object in a JSON file; ConfigError names `field` if it cannot be read or is something else."""
-    try:
-        value = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{field}={os.fspath(path)!r}: cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{field}={os.fspath(path)!r}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
 def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe file, applies `--set` overrides ("section.key=value", the value as YAML) and checks it all.
+    """Reads a recipe file, applies overrides ("section.key=value", the value as YAML) and checks it all.
 
     ConfigError lists every wrong key and value by its dotted path.
     """
@@ -303,12 +299,14 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error})"
         raise ConfigError(f"recipe {os.fspath(path)!r} cannot be read: {reason}") from None
-    values = _parse_yaml(text, f"recipe {os.fspath(path)!r}")
+    values = parse_yaml(text, f"recipe {os.fspath(path)!r}")
     if not isinstance(values, dict):
         found = "nothing" if values is None else type(values).__name__
-        raise ConfigError(f"recipe {os.fspath(path)!r}: expected sections (model:, data:, ...), found {found}")
+        raise ConfigError(
+            f"recipe {os.fspath(path)!r}: expected sections (model:, data:, ...), found {found}"
+        )
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return parse_recipe(values)
 
 
@@ -321,175 +319,13 @@ def parse_recipe(values: Mapping[str, Any]) -> Recipe:
     try:
         return Recipe.model_validate(dict(values))
     except pydantic.ValidationError as error:
-        problems = _explain(error)
-    raise ConfigError(problems[0] if len(problems) == 1 else "\n  ".join(["the recipe has errors:", *problems]))
+        problems = explain(error, Recipe)
+    raise ConfigError(
+        problems[0] if len(problems) == 1 else "\n  ".join(["the recipe has errors:", *problems])
+    )
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML, every default written out; `load_recipe` of it gives an equal recipe."""
     text: str = yaml.safe_dump(recipe.model_dump(), sort_keys=False, allow_unicode=True)
     return text
-
-
-# ---------------------------------------------------------------------------------------------------------- YAML
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML as people write it: 1e-5 is a number (YAML 1.1 reads text), a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key_node.start_mark)
-            if key_node.value in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
-                )
-            seen.add(key_node.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"),
-    list("-+0123456789."),
-)
-
-
-def _parse_yaml(text: str, what: str) -> Any:
-    try:
-        # _Loader is a SafeLoader: it makes plain values only.
-        return yaml.load(text, Loader=_Loader)  # noqa: S506
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise ConfigError(f"{what} is not valid YAML{place}: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{what} is not valid YAML: {error}") from None
-
-
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(f"--set {override}: expected section.key=value")
-    target = values
-    for depth, key in enumerate(keys[:-1]):
-        inner = target.get(key)
-        if inner is None:
-            inner = target[key] = {}
-        if not isinstance(inner, dict):
-            raise ConfigError(f"--set {override}: {'.'.join(keys[: depth + 1])} is no section but {inner!r}")
-        target = inner
-    target[keys[-1]] = _parse_yaml(text, f"the value of --set {override}")
-
-
-# -------------------------------------------------------------------------------------------------------- errors
-
-
-def _explain(error: pydantic.ValidationError) -> list[str]:
-    """One line for each wrong place, in the order of the recipe; alternatives of one field are put together."""
-    lines: dict[str, list[str]] = {}
-    values: dict[str, Any] = {}
-    for problem in error.errors():
-        path = _dotted(problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            lines[path] = [_unknown_key(problem["loc"])]
-        elif problem["type"] == "missing":
-            lines[path] = [f"{path} is missing{_field_hint(problem['loc'])}"]
-        elif problem["type"] == "value_error":
-            message = str(problem["ctx"]["error"])
-            lines.setdefault(path, []).append(f"{path}: {message}" if path else message)
-        else:
-            values[path] = problem["input"]
-            lines.setdefault(path, []).append(_expectation(problem))
-    # Of the alternatives "text or a list of text", a list with a wrong item is wrong in that item only.
-    for path in [path for path in values if any(other.startswith(f"{path}[") for other in values)]:
-        del lines[path], values[path]
-    return [
-        f"{path}={_short(values[path])}: expected {' or '.join(dict.fromkeys(parts))}" if path in values else parts[0]
-        for path, parts in lines.items()
-    ]
-
-
-def _sections() -> dict[str, type[_Section]]:
-    found: dict[str, type[_Section]] = {}
-    for name, field in Recipe.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
-            found[name] = field.annotation
-    return found
-
-
-def _known_keys(loc: Sequence[str | int]) -> Iterable[str]:
-    if not loc:
-        return Recipe.model_fields
-    section = _sections().get(str(loc[0]))
-    return section.model_fields if section is not None else ()
-
-
-def _dotted(loc: Sequence[str | int]) -> str:
-    # pydantic names the alternatives of a union in the location ("store", "list[...]", 0); a recipe has two levels.
-    path = ".".join(str(part) for part in loc[:2])
-    indices = [part for part in loc[2:] if isinstance(part, int)]
-    return path + "".join(f"[{index}]" for index in indices)
-
-
-def _unknown_key(loc: Sequence[str | int]) -> str:
-    key, parents = str(loc[-1]), loc[:-1]
-    where = "recipe" if not parents else ".".join(str(part) for part in parents)
-    full = key if not parents else f"{where}.{key}"
-    known = list(_known_keys(parents))
-    elsewhere = [f"{name}.{key}" for name, section in _sections().items() if key in section.model_fields]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if elsewhere:
-        suggestion = f"did you mean '{elsewhere[0]}'?"
-    elif near:
-        suggestion = f"did you mean '{near[0]}'?"
-    else:
-        suggestion = f"known here: {', '.join(known)}"
-    return f"unknown key '{full}' in recipe: {suggestion}"
-
-
-def _field_hint(loc: Sequence[str | int]) -> str:
-    section = _sections().get(str(loc[0]))
-    if section is None:
-        return ""
-    if len(loc) == 1:
-        return f": {section.__doc__}"
-    field = section.model_fields.get(str(loc[1]))
-    return f": {field.description}" if field is not None and field.description else ""
-
-
-_EXPECTED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "string_too_short": "text that is not empty",
-    "list_type": "a list of texts",
-    "dict_type": "a section of key: value lines",
-    "model_type": "a section of key: value lines",
-    "model_attributes_type": "a section of key: value lines",
-}
-
-
-def _expectation(problem: Any) -> str:
-    kind, context = problem["type"], problem.get("ctx", {})
-    if kind in _EXPECTED:
-        return _EXPECTED[kind]
-    if kind == "literal_error":
-        return f"one of {context['expected']}"
-    words = {"greater_than": "above", "greater_than_equal": "at least", "less_than": "below", "less_than_equal": "at most"}
-    if kind in words:
-        limit = next(iter(value for key, value in context.items() if key in ("gt", "ge", "lt", "le")))
-        return f"a number {words[kind]} {limit}"
-    message: str = problem["msg"]
-    return message[0].lower() + message[1:]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import inspect
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from fuyou.blocks import Block, ModelBlocks
-from fuyou.config import OffloadConfig, parse_bytes
-from fuyou.errors import ConfigError, DataError, ModelError
+from fuyou.blocks import PROLOGUE, Block, ModelBlocks
+from fuyou.config import OffloadConfig, format_bytes, parse_bytes
+from fuyou.errors import ConfigError, DataError, ModelError, PlanError
 from fuyou.executor.activations import ActivationStore
 from fuyou.executor.device import Device, make_device
 from fuyou.executor.step import ForwardRecord, StepExecutor
@@ -26,9 +27,10 @@ from fuyou.exporting import export_checkpoint
 from fuyou.hardware import available_host_bytes, cached_hardware, num_cores
 from fuyou.memory import MemoryMeter
 from fuyou.plan import Plan
-from fuyou.planner import ShardSize, make_plan
+from fuyou.planner import ShardSize, least_memory, make_plan, pooled_bytes, predict
 from fuyou.trace import Trace, TracingEngine
 from io_engine import (
+    Buffer,
     BufferPool,
     Engine,
     Extent,
@@ -58,6 +60,90 @@ def shard_layouts(
     }
 
 
+def shard_sizes(
+    blocks: ModelBlocks, layouts: Mapping[str, ShardLayout], trainable: Callable[[str], bool]
+) -> list[ShardSize]:
+    """What the planner knows of the blocks that own parameters, in the order of the forward pass."""
+    return [
+        ShardSize(
+            name=block.name,
+            kind=block.kind,
+            num_parameters=layouts[block.name].num_parameters,
+            trainable=any(trainable(name) for name in block.parameters),
+            weight_bytes=layouts[block.name].weight_bytes,
+            state_bytes=layouts[block.name].state_bytes,
+            gradient_bytes=layouts[block.name].gradient_bytes,
+            record_bytes=layouts[block.name].full_record_bytes,
+            gradient_chunk_bytes=layouts[block.name].gradient_range(0)[1],
+            borrowed_bytes=sum(layouts[b].weight_bytes for b in block.borrows),
+            borrowed=block.borrows,
+        )
+        for block in _with_borrowers(blocks, layouts)
+    ]
+
+
+def _with_borrowers(blocks: ModelBlocks, layouts: Mapping[str, ShardLayout]) -> list[Block]:
+    """The blocks that own parameters; what a block without any borrows counts for the last layer."""
+    owning = [block for block in blocks.blocks if block.name in layouts]
+    borrowed = {name for block in owning for name in block.borrows}
+    orphaned = tuple({b: None for block in blocks.blocks if block.name not in layouts for b in block.borrows})
+    missing = tuple(name for name in orphaned if name not in borrowed)
+    if missing:
+        owning[-1] = dataclasses.replace(owning[-1], borrows=(*owning[-1].borrows, *missing))
+    return owning
+
+
+def check_plan(
+    plan: Plan, sizes: Sequence[ShardSize], config: OffloadConfig, *, device: str, clipping: bool
+) -> None:
+    """ConfigError if a plan that was given is for another model or run, PlanError if its pools would lock up."""
+    expected = {s.name: s for s in sizes}
+    if [b.name for b in plan.blocks] != list(expected):
+        raise ConfigError(
+            f"plan: its blocks ({len(plan.blocks)}, first {plan.blocks[0].name if plan.blocks else None!r}) are not those of "
+            f"this model ({len(expected)}, first {next(iter(expected))!r}): make a plan for this model"
+        )
+    for block in plan.blocks:
+        size = expected[block.name]
+        if (block.weight_bytes, block.num_parameters) != (size.weight_bytes, size.num_parameters):
+            raise ConfigError(
+                f"plan: block {block.name} has {block.num_parameters} parameters in {block.weight_bytes} bytes, the model's "
+                f"{size.num_parameters} in {size.weight_bytes}: make a plan for this model and compute_dtype"
+            )
+    for field, planned, actual in (
+        ("compute_dtype", plan.compute_dtype, config.compute_dtype),
+        ("device", torch.device(plan.device).type, torch.device(device).type),
+    ):
+        if planned != actual:
+            raise ConfigError(f"plan: {field}={planned!r}, this run has {actual!r}: make a plan for this run")
+    if clipping and plan.update_window == "backward":
+        raise ConfigError('plan: update_window="backward" cannot clip; use "forward" or max_grad_norm=None')
+    least = least_memory(sizes)
+    held = plan.update_window == "forward"
+    for field, has, needs in (
+        (
+            "weight_pool_bytes",
+            plan.weight_pool_bytes,
+            least.weights + sum(pooled_bytes(b.weight_bytes) for b in plan.blocks if b.weights_in_host),
+        ),
+        (
+            "gradient_pool_bytes",
+            plan.gradient_pool_bytes,
+            least.gradients
+            + sum(pooled_bytes(b.gradient_bytes) for b in plan.blocks if held and b.gradient == "host"),
+        ),
+        (
+            "record_pool_bytes",
+            plan.record_pool_bytes,
+            least.records + sum(pooled_bytes(b.state_bytes) for b in plan.blocks if b.states_in_host),
+        ),
+    ):
+        if has < needs:
+            raise PlanError(
+                f"plan: {field} = {has} is {needs - has} bytes short of what its choices for the blocks need ({needs})"
+            )
+
+
 def plan_for(
     blocks: ModelBlocks,
     layouts: Mapping[str, ShardLayout],
@@ -74,10 +160,7 @@ def plan_for(
     """The plan of a model on this machine; the config's own plan, if it has one. Raises as `make_plan`."""
     if config.plan is not None:
         plan = config.plan if isinstance(config.plan, Plan) else Plan.from_json(config.plan)
-        if [b.name for b in plan.blocks] != list(layouts):
-            raise ConfigError("plan: its blocks are not those of this model")
-        if clipping and plan.update_window == "backward":
-            raise ConfigError('plan: update_window="backward" cannot clip; use "forward" or max_grad_norm=None')
+        check_plan(plan, shard_sizes(blocks, layouts, trainable), config, device=device, clipping=clipping)
         return plan
     if config.host_memory is not None:
         host_bytes, reason = parse_bytes(config.host_memory, "host_memory"), "as given"
@@ -85,28 +168,8 @@ def plan_for(
         available = available_host_bytes()
         host_bytes = int(available * HOST_MEMORY_SHARE)
         reason = f"{HOST_MEMORY_SHARE:.0%} of what is available now"
-    sizes = []
-    for block in blocks.blocks:
-        layout = layouts.get(block.name)
-        if layout is None:
-            continue
-        sizes.append(
-            ShardSize(
-                name=block.name,
-                kind=block.kind,
-                num_parameters=layout.num_parameters,
-                trainable=any(trainable(name) for name in block.parameters),
-                weight_bytes=layout.weight_bytes,
-                state_bytes=layout.state_bytes,
-                gradient_bytes=layout.gradient_bytes,
-                record_bytes=layout.full_record_bytes,
-                gradient_chunk_bytes=layout.gradient_range(0)[1],
-                borrowed_bytes=sum(layouts[b].weight_bytes for b in block.borrows),
-                borrowed=block.borrows,
-            )
-        )
     return make_plan(
-        sizes,
+        shard_sizes(blocks, layouts, trainable),
         device=device,
         compute_dtype=config.compute_dtype,
         host_memory_bytes=host_bytes,
@@ -127,6 +190,33 @@ def choose_device(config: OffloadConfig) -> str:
     if config.device.startswith("cuda") and not torch.cuda.is_available():
         raise ConfigError(f'device="{config.device}": torch {torch.__version__} sees no CUDA device; use device="cpu"')
     return config.device
+
+
+class StreamedAdamW(OffloadedAdamW):
+    """The optimizer of a streamed model: remembers a call that was cut short, after which nothing may be committed."""
+
+    cut_short: str | None = None
+    """Name of the call that did not come to its end."""
+    num_steps_called = 0
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """See `OffloadedAdamW.step`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.cut_short = "optimizer.step()"
+        super().step()
+        self.cut_short = None
+        self.num_steps_called += 1
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """See `OffloadedAdamW.zero_grad`."""
+        self.cut_short = self.cut_short or "optimizer.zero_grad()"
+        super().zero_grad(set_to_none)
+        self.cut_short = None if self.cut_short == "optimizer.zero_grad()" else self.cut_short
+        self.num_steps_called += 1
 
 
 class Runtime:
@@ -153,14 +243,15 @@ class Runtime:
         self.resumed = resumed
         self.blocks = blocks
         self.layouts = dict(layouts)
-        self.optimizer: OffloadedAdamW | None = None
+        self.optimizer: StreamedAdamW | None = None
         self._model = model
         self._engine = TracingEngine(engine, trace)
         self._device_name = device
         self._seed = seed
         self._micro_batch_size = micro_batch_size
+        self._hardware = cached_hardware(config.store_directories[0], device, config.compute_dtype)
+        self.plan = self._make_plan(clipping=False)
         self._device: Device = make_device(device, trace)
-        self._meter = MemoryMeter()
         self._queued: list[tuple[Mapping[str, Any], float]] = []
         self._queued_scales: list[float] = []
         self._micro_batches_of_step = (-1, 0)
@@ -170,7 +261,9 @@ class Runtime:
         self._step_loss, self._step_tokens = 0.0, 0
         self._counted = (0, 0)
         self._pools: list[BufferPool] = []
-        self.plan = self._make_plan(clipping=False)
+        self._resident_states: dict[str, Buffer] = {}
+        self._interrupted: str | None = None
+        self._gradients_since = -1
         self._executor = StepExecutor(
             model,
             blocks,
@@ -181,6 +274,7 @@ class Runtime:
         )
         self._build_pools()
         self._take_over_model()
+        self._meter = MemoryMeter()
 
     # --- what users call -----------------------------------------------------------------------------------------
 
@@ -191,17 +285,21 @@ class Runtime:
 
     def flush(self) -> None:
         """Block until every optimizer step taken is committed."""
-        self._check_open()
-        self._executor.discard()
-        if self.optimizer is not None:
-            self.optimizer.flush()
+        with self._uninterrupted("flush()"):
+            self._executor.discard()
+            if self.optimizer is not None:
+                self.optimizer.flush()
 
     def close(self) -> None:
-        """Flush, then release the store and all memory. Idempotent; the model cannot be used afterwards."""
+        """Flush, then release the store and all memory. Idempotent; the model cannot be used afterwards.
+
+        After a Ctrl-C in the middle of a step nothing is flushed: the store stays at its committed step.
+        """
         if self._closed:
             return
         try:
-            self.flush()
+            if self._cut_short() is None:
+                self.flush()
         finally:
             self.abandon()
 
@@ -210,12 +308,15 @@ class Runtime:
         if self._closed:
             return
         self._closed = True
+        # From the last line up. Pools before the engine: a read that nobody waits for any more keeps its own memory.
         with contextlib.ExitStack() as stack:
             stack.callback(self._engine.close)
             stack.callback(self.store.close)
             for pool in self._pools:
                 stack.callback(pool.close, force=True)
             stack.callback(self._meter.close)
+            stack.callback(self._drop_resident_states)
+            stack.callback(self._weights.close)
             if self.optimizer is not None:
                 stack.callback(self.optimizer.close)
             stack.callback(self._executor.discard)
@@ -235,29 +336,20 @@ class Runtime:
 
     def export(self, folder: str) -> None:
         """Write the current weights as a plain transformers checkpoint, block by block; flushes first."""
-        self.flush()
-
         def read_block(block: Block) -> dict[str, torch.Tensor]:
             with self._block_on_host(block.name) as tensors:
                 return {name: tensor.clone() for name, tensor in tensors.items()}
 
-        export_checkpoint(self._model, self.blocks, read_block, folder)
-
-    def check_resumed_step(self) -> None:
-        """StoreError (after closing) if `resume` names another step than the committed one."""
-        wanted = self.config.resume
-        if isinstance(wanted, int) and not isinstance(wanted, bool) and wanted != self.store.step:
-            step = self.store.step
-            self.abandon()
-            raise StoreError(f"resume={wanted}: the store stands at step {step}, and keeps no other")
+        with self._weights_of_last_step():
+            export_checkpoint(self._model, self.blocks, read_block, folder)
 
     # --- the optimizer ---------------------------------------------------------------------------------------------
 
     def make_optimizer(
         self, groups: Iterable[Any], *, max_grad_norm: float | None, **hyperparameters: Any
-    ) -> OffloadedAdamW:
+    ) -> StreamedAdamW:
         """Lay out the states of what requires gradients now, make the plan final, and build the optimizer."""
-        self._check_open()
+        self._check_usable()
         if self.optimizer is not None:
             raise ConfigError("this model has an optimizer already: use it, or open the model again")
         known = dict(self._model.named_parameters())
@@ -274,28 +366,31 @@ class Runtime:
         self._lay_out_states(trained)
         self.plan = plan
         self._build_pools()
-        resident_states = {
+        self._resident_states = {
             b.name: self._records.acquire(self.layouts[b.name].state_bytes) for b in plan.blocks if b.states_in_host
         }
-        names = {p: name for name, p in known.items() if p.requires_grad}
-        optimizer = OffloadedAdamW(
-            groups,
-            names=names,
-            shards=[self.layouts[name] for name in trained],
-            store=self.store,
-            engine=self._engine,
-            records=self._records,
-            gradients=self._gradients,
-            window=plan.update_window,
-            spilled=frozenset(b.name for b in plan.blocks if b.gradient == "spill"),
-            resident_states=resident_states,
-            num_workers=plan.num_update_workers,
-            record=self.trace.record,
-            load_shard=self._load_shard,
-            drop_resident_weights=self._weights.forget_resident,
-            max_grad_norm=max_grad_norm,
-            **hyperparameters,
-        )
+        try:
+            optimizer = StreamedAdamW(
+                groups,
+                names={p: name for name, p in known.items() if p.requires_grad},
+                shards=[self.layouts[name] for name in trained],
+                store=self.store,
+                engine=self._engine,
+                records=self._records,
+                gradients=self._gradients,
+                window=plan.update_window,
+                spilled=frozenset(b.name for b in plan.blocks if b.gradient == "spill"),
+                resident_states=self._resident_states,
+                num_workers=plan.num_update_workers,
+                record=self.trace.record,
+                load_shard=self._load_shard,
+                drop_resident_weights=self._weights.forget_resident,
+                max_grad_norm=max_grad_norm,
+                **hyperparameters,
+            )
+        except BaseException:
+            self._drop_resident_states()
+            raise
         optimizer.register_step_post_hook(self._after_step)
         self.optimizer = optimizer
         self._weights.optimizer = optimizer
@@ -304,6 +399,10 @@ class Runtime:
         self._counted = (self._engine.bytes_read, self._engine.bytes_written)
         self._meter.take_peak()
         return optimizer
+
+    def _drop_resident_states(self) -> None:
+        while self._resident_states:
+            self._resident_states.popitem()[1].release()
 
     def _lay_out_states(self, trained: list[str]) -> None:
         present = set(self.store.names())
@@ -326,9 +425,7 @@ class Runtime:
             device=self._device_name,
             clipping=clipping,
             micro_batch_size=self._micro_batch_size,
-            hardware=cached_hardware(
-                self.config.store_directories[0], self._device_name, self.config.compute_dtype
-            ),
+            hardware=self._hardware,
         )
 
     def _build_pools(self) -> None:
@@ -420,7 +517,7 @@ class Runtime:
         object.__setattr__(model, "fuyou", self)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._check_open()
+        self._check_usable()
         bound = self._signature.bind(self._model, *args, **kwargs)
         arguments: dict[str, Any] = {}
         for name, value in bound.arguments.items():
@@ -434,9 +531,10 @@ class Runtime:
             for name, value in arguments.items()
         }
         self._check_tokens(arguments)
-        if torch.is_grad_enabled() and self.optimizer is not None:
+        if not (torch.is_grad_enabled() and self.optimizer is not None):
+            return self._infer(arguments)
+        with self._uninterrupted("a forward pass"):
             return self._train(arguments)
-        return self._infer(arguments)
 
     def _train(self, arguments: dict[str, Any]) -> Any:
         assert self.optimizer is not None
@@ -457,6 +555,12 @@ class Runtime:
             return self._output(type(None), _QueuedLoss.apply(self._executor.anchor, self._queued_scales))
         calls, self._queued = [*self._queued, *calls], []
         self.optimizer.raise_if_broken()
+        if self.optimizer.window == "backward" and self._gradients_wait():
+            raise RuntimeError(
+                "a second forward pass with gradients before optimizer.step(): the updates of the first one have begun "
+                "already. Give the whole batch to one forward pass (micro_batch_size splits it), use accelerate's "
+                'accumulate(), or plan update_window="forward"; to evaluate, use torch.no_grad()'
+            )
         self._executor.discard()
         step = self.optimizer.step_count
         first = self._micro_batches_of_step[1] if self._micro_batches_of_step[0] == step else 0
@@ -474,19 +578,78 @@ class Runtime:
                 f"the losses of one accumulated step were scaled differently before backward() ({[*scales, scale]}): scale them all "
                 "alike"
             )
-        self._executor.backward(record, scale)
+        with self._uninterrupted("a backward pass"):
+            self._check_prologue_fits(record)
+            assert self.optimizer is not None
+            self._gradients_since = self.optimizer.num_steps_called
+            self._executor.backward(record, scale)
+
+    def _check_prologue_fits(self, record: ForwardRecord) -> None:
+        """PlanError where layers use what runs before them directly and memory for one block does not do.
+
+        Its weights and gradient are then needed during the whole backward pass, which would wait for memory forever.
+        """
+        if not record.needs_prologue or PROLOGUE not in self.layouts:
+            return
+        trainable = {b.name for b in self.plan.blocks if b.trainable}
+        sizes = shard_sizes(
+            self.blocks, self.layouts, lambda name: any(name in self._trained(block) for block in trainable)
+        )
+        least = least_memory(sizes)
+        prologue, held = self.layouts[PROLOGUE], self.plan.update_window == "forward"
+        weights = least.weights + pooled_bytes(prologue.weight_bytes)
+        weights += sum(pooled_bytes(b.weight_bytes) for b in self.plan.blocks if b.weights_in_host)
+        gradients = least.gradients + (pooled_bytes(prologue.gradient_bytes) if PROLOGUE in trainable else 0)
+        gradients += sum(
+            pooled_bytes(b.gradient_bytes) for b in self.plan.blocks if held and b.trainable and b.gradient == "host"
+        )
+        short = max(0, weights - self.plan.weight_pool_bytes) + max(0, gradients - self.plan.gradient_pool_bytes)
+        if short:
+            self._executor.discard()
+            raise PlanError(
+                f"the layers of this model use what runs before them directly, so that both must be in memory: "
+                f"{format_bytes(short)} are short of host_memory = {format_bytes(self.plan.host_memory_bytes)}. Set "
+                f"host_memory to {format_bytes(2 * short + self.plan.host_memory_bytes)} or more"
+            )
+
+    def _trained(self, block: str) -> frozenset[str]:
+        return frozenset(p.name for p in self.layouts[block].parameters)
 
     def _infer(self, arguments: dict[str, Any]) -> Any:
+        with self._weights_of_last_step():
+            size = self._micro_batch_size
+            labels = arguments.get("labels")
+            rows = arguments["input_ids"].shape[0] if isinstance(arguments.get("input_ids"), torch.Tensor) else 0
+            if size is None or rows <= size or labels is None:
+                return self._executor.infer(arguments)
+            outputs = [(self._executor.infer(call), weight) for call, weight in self._split(arguments)]
+            loss = sum(float(output.loss) * weight for output, weight in outputs)
+            logits = torch.cat([output.logits for output, _ in outputs])
+            return type(outputs[0][0])(loss=torch.tensor(loss, device=logits.device), logits=logits)
+
+    @contextlib.contextmanager
+    def _weights_of_last_step(self) -> Iterator[None]:
+        """Everything taken is committed, and what is read in here are those weights: for whatever does not train.
+
+        Between a backward pass and its step, updates in the backward window have run already. On the drive they are
+        in the other slot, where nobody looks; in memory they must not be seen.
+        """
         self.flush()
-        size = self._micro_batch_size
-        labels = arguments.get("labels")
-        rows = arguments["input_ids"].shape[0] if isinstance(arguments.get("input_ids"), torch.Tensor) else 0
-        if size is None or rows <= size or labels is None:
-            return self._executor.infer(arguments)
-        outputs = [(self._executor.infer(call), weight) for call, weight in self._split(arguments)]
-        loss = sum(float(output.loss) * weight for output, weight in outputs)
-        logits = torch.cat([output.logits for output, _ in outputs])
-        return type(outputs[0][0])(loss=torch.tensor(loss, device=logits.device), logits=logits)
+        ahead = self.optimizer is not None and self.optimizer.window == "backward" and self._gradients_wait()
+        if ahead:
+            assert self.optimizer is not None
+            for name in self.layouts:
+                self.optimizer.wait_written(name)
+            self._weights.forget_resident()
+        try:
+            yield
+        finally:
+            if ahead:
+                self._weights.forget_resident()
+
+    def _gradients_wait(self) -> bool:
+        """Whether a backward pass has run that no step or zero_grad has followed."""
+        return self.optimizer is not None and self._gradients_since == self.optimizer.num_steps_called
 
     def _split(self, arguments: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], float]]:
         """Micro-batches of at most micro_batch_size rows, each with its loss's weight: its share of the label tokens."""
@@ -552,7 +715,6 @@ class Runtime:
         now = time.perf_counter()
         trace = self.trace.end_step(result.step, self._step_started, now)
         read, written = self._engine.bytes_read, self._engine.bytes_written
-        prediction = self.plan.prediction
         self._metrics = {
             "step": result.step,
             "committed_step": self.committed_step,
@@ -563,7 +725,7 @@ class Runtime:
             "learning_rate": float(optimizer.param_groups[0]["lr"]),
             "num_tokens": self._step_tokens,
             "seconds": now - self._step_started,
-            "predicted_seconds": None if prediction is None else prediction.seconds,
+            "predicted_seconds": self._predicted_seconds(),
             "bytes_read": read - self._counted[0],
             "bytes_written": written - self._counted[1],
             "bytes_spilled": 2 * result.bytes_spilled + 2 * self._activations.bytes_spilled,
@@ -576,6 +738,12 @@ class Runtime:
         self._counted = (read, written)
         self._step_started, self._step_loss, self._step_tokens = now, 0.0, 0
 
+    def _predicted_seconds(self) -> float | None:
+        """What the plan expects of a step with as many tokens as this one."""
+        if self._hardware is None or self.plan.prediction is None:
+            return None
+        return predict(self.plan.blocks, self.plan.update_window, self._hardware, self._step_tokens).seconds
+
     @contextlib.contextmanager
     def _block_on_host(self, name: str) -> Iterator[dict[str, torch.Tensor]]:
         shard = self._weights.acquire(name)
@@ -585,9 +753,31 @@ class Runtime:
         finally:
             self._weights.release(shard)
 
-    def _check_open(self) -> None:
+    def _cut_short(self) -> str | None:
+        """What was interrupted in its middle, so that memory and store may disagree; None if nothing was."""
+        return self._interrupted or (None if self.optimizer is None else self.optimizer.cut_short)
+
+    def _check_usable(self) -> None:
         if self._closed:
             raise ModelError("this model is closed: open it again with fuyou.from_pretrained(..., store=...)")
+        cut_short = self._cut_short()
+        if cut_short is not None:
+            raise ModelError(
+                f"{cut_short} was interrupted before its end, so that this model cannot go on: close it (model.fuyou.close()) "
+                f"and open it again; the store is whole and stands at step {self.committed_step}"
+            )
+
+    @contextlib.contextmanager
+    def _uninterrupted(self, what: str) -> Iterator[None]:
+        """Remembers a KeyboardInterrupt inside, which may hit between any two changes that belong together."""
+        self._check_usable()
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:
+            self._interrupted = what
+            raise
 
 
 class _Loss(torch.autograd.Function):

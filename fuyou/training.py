@@ -1,7 +1,7 @@
 """The training loop of `fuyou train`: a recipe's steps, their metrics, evaluation, stop, resume and export.
 
-What step N does follows from the recipe and N alone (rows, learning rate, random numbers), so a run that was killed
-and resumed takes the same steps as one that was not.
+What step N does follows from the recipe and N alone (rows, learning rate, random numbers), so a run that was
+killed and resumed takes the same steps as one that was not.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fuyou.data import BatchOrder, DataSet, HuggingFaceTokenizer, TokenRows, collate, load_data, load_tokenizer
+from fuyou.data import BatchOrder, DataSet, TokenRows, collate, load_data, num_label_tokens
 from fuyou.errors import ConfigError, DataError
 from fuyou.metrics import MetricsFile
 from fuyou.progress import Reporter, RunStart, RunStatistics, RunSummary, StepReport
 from fuyou.recipe import Recipe, dump_recipe
+from fuyou.tokenizing import HuggingFaceTokenizer, load_tokenizer
 
 EXPORT_MARK = "fuyou-export.json"
 """File by which an exported folder is known as ours: it may be replaced by a newer export."""
@@ -65,6 +66,7 @@ def open_model(recipe: Recipe, *, resume: str | int | None = None) -> Any:
     }
     if recipe.model.config is not None:
         return fuyou.from_config(model_config(recipe), **options)
+    assert recipe.model.name_or_path is not None
     return fuyou.from_pretrained(recipe.model.name_or_path, revision=recipe.model.revision, **options)
 
 
@@ -73,8 +75,8 @@ def run_training(
 ) -> RunSummary:
     """Train to the recipe's last step, or `num_steps` further, and leave a committed store; blocks.
 
-    `resume` overrides the recipe's. Raises Interrupted where a KeyboardInterrupt arrived; FuyouError, StoreError,
-    OSError. After any error the store stands at its last committed step.
+    `resume` overrides the recipe's. Raises Interrupted where a KeyboardInterrupt arrived; FuyouError,
+    StoreError, OSError. After any error the store stands at its last committed step.
     """
     offload = recipe.offload_config(resume=resume)
     output = Path(recipe.output.dir).expanduser()
@@ -108,7 +110,7 @@ def _load_data(recipe: Recipe, reporter: Reporter) -> tuple[Any, DataSet]:
 
 
 def _measure_once(offload: Any, reporter: Reporter) -> None:
-    """Measure this machine unless that was done, so that the plan predicts seconds; never a reason to fail."""
+    """Measure this machine if that was not done, so that plans predict seconds; never a reason to fail."""
     from fuyou.hardware import cached_hardware, measure_hardware
     from fuyou.runtime import choose_device
 
@@ -137,7 +139,9 @@ class _Run:
         self._reporter = reporter
         self._output = Path(recipe.output.dir).expanduser()
         self._statistics = RunStatistics()
-        self._order = BatchOrder(len(data.train), recipe.rows_per_step, recipe.shuffle_seed, recipe.data.shuffle)
+        self._order = BatchOrder(
+            len(data.train), recipe.rows_per_step, recipe.shuffle_seed, recipe.data.shuffle
+        )
         training = recipe.training
         self._max_steps = training.max_steps or self._order.steps_for_epochs(training.num_train_epochs or 1.0)
         self._eval_before: float | None = None
@@ -208,12 +212,14 @@ class _Run:
         changed = [name for name, value in self._identity.items() if extra.get(name, value) != value]
         if target.first_step and changed:
             self._reporter.note(
-                f"note: {', '.join(changed)} differ from the steps before {target.first_step}; this run is no repeat "
+                f"note: {', '.join(changed)} differ from the steps before {target.first_step}; this run is "
+                "no repeat "
                 "of one that was never stopped"
             )
         if target.first_step > target.max_steps:
             raise ConfigError(
-                f"the store stands at step {target.first_step}, beyond this recipe's last step {target.max_steps}: raise "
+                f"the store stands at step {target.first_step}, beyond this recipe's last step "
+                f"{target.max_steps}: raise "
                 "training.max_steps or name another store"
             )
 
@@ -224,7 +230,12 @@ class _Run:
     def _train(self, target: _Target, metrics_file: MetricsFile) -> None:
         training = self._recipe.training
         scheduler = make_scheduler(self._recipe, self._optimizer, target.max_steps, target.first_step)
-        if training.eval_on_start and target.first_step == 0 and target.stop_step and self._data.evaluation is not None:
+        if (
+            training.eval_on_start
+            and target.first_step == 0
+            and target.stop_step
+            and self._data.evaluation is not None
+        ):
             self._eval_before = self._evaluate(0)
         self._model.train()
         for step in range(target.first_step, target.stop_step):
@@ -275,7 +286,7 @@ class _Run:
 
 
 def make_scheduler(recipe: Recipe, optimizer: Any, max_steps: int, step: int) -> Any:
-    """The learning-rate schedule as it stands after `step` steps; the next step's rate is set in the optimizer."""
+    """The learning-rate schedule as it stands after `step` steps; the optimizer has the next step's rate."""
     import transformers
 
     for group in optimizer.param_groups:
@@ -299,8 +310,6 @@ def evaluate(model: Any, rows: TokenRows, pad_id: int, rows_per_batch: int) -> f
     """Mean loss over all label tokens of `rows`, without gradients; leaves the model in evaluation mode."""
     import torch
 
-    from fuyou.data import num_label_tokens
-
     model.eval()
     total, num_tokens = 0.0, 0
     with torch.no_grad():
@@ -322,7 +331,8 @@ def _check_export_folder(folder: Path) -> None:
     """ConfigError, before anything is computed, if the export would overwrite what is not ours."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / EXPORT_MARK).is_file():
         raise ConfigError(
-            f"output.dir: {folder} holds files that no run of fuyou exported; move them, name another output.dir or set "
+            f"output.dir: {folder} holds files that no run of fuyou exported; move them, name another "
+            "output.dir or set "
             "output.export: false"
         )
 

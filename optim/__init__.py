@@ -1,5 +1,6 @@
 """Adam's arithmetic and its walk over shards on the drive."""
 
+from optim.gradients import ShardGradient
 from optim.kernels import AdamWScalars
 from optim.layout import DEFAULT_CHUNK_ELEMENTS, ParameterSlot, ShardLayout
 from optim.norm import clip_coefficient, global_norm
@@ -7,10 +8,9 @@ from optim.offloaded_adamw import (
     NonFiniteUpdateError,
     OffloadedAdamW,
     ParameterState,
-    ShardGradient,
     StepResult,
 )
-from optim.updater import Recorder, ShardUpdater, UpdateJob
+from optim.updater import Recorder, ShardUpdater, UpdateInputs, UpdateJob
 
 __all__ = [
     "DEFAULT_CHUNK_ELEMENTS",
@@ -24,6 +24,7 @@ __all__ = [
     "ShardLayout",
     "ShardUpdater",
     "StepResult",
+    "UpdateInputs",
     "UpdateJob",
     "clip_coefficient",
     "global_norm",

@@ -1,9 +1,9 @@
-"""How one shard's numbers lie on the drive: which parameter where, cut into chunks that are read, updated and written.
+"""How one shard's numbers lie on the drive: which parameter where, cut into chunks that move as one.
 
-A shard is the parameters of one block of a model, one behind the other, each starting at a multiple of 64 elements.
-It owns two extents: `<shard>/weight` (bfloat16 high halves, or the float32 master) and, if it is trained,
-`<shard>/state`: one record per chunk of `chunk_elements` elements, each record [low halves | m | v] (bfloat16
-compute) or [m | v] (float32 compute), rounded up to 4,096 bytes.
+A shard is the parameters of one block of a model, one behind the other, each starting at a multiple of 64
+elements. It owns two extents: `<shard>/weight` (bfloat16 high halves, or the float32 master) and, if it is
+trained, `<shard>/state`: one record per chunk of `chunk_elements` elements, each record [low halves | m | v]
+(bfloat16 compute) or [m | v] (float32 compute), rounded up to 4,096 bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from io_engine import ALIGNMENT_BYTES, round_up
 
 ELEMENT_ALIGNMENT = 64
 """Parameters start at multiples of this many elements: whole vector registers, whole cache lines."""
+
+_CHUNK_MULTIPLE = ALIGNMENT_BYTES // 2  # elements of 2 bytes in a page
 
 DEFAULT_CHUNK_ELEMENTS = 2 * 2**20
 """Records of 20 MiB: large enough for full drive bandwidth, small enough for a ring of them in any budget."""
@@ -50,13 +52,30 @@ class ChunkViews:
 
 @dataclasses.dataclass(frozen=True)
 class ShardLayout:
-    """The layout of one shard; everything in it follows from the parameters, the data type and the chunk size."""
+    """The layout of one shard; everything in it follows from parameters, data type and chunk size.
+
+    ValueError for a data type or chunk size that it cannot have, and for a shard without elements.
+    """
 
     name: str
     parameters: tuple[ParameterSlot, ...]
     compute_dtype: str
     """"bfloat16" or "float32"."""
     chunk_elements: int = DEFAULT_CHUNK_ELEMENTS
+    """Elements of a record, a multiple of 2,048, so that every chunk of every extent starts at a page."""
+
+    def __post_init__(self) -> None:
+        if self.compute_dtype not in ("bfloat16", "float32"):
+            raise ValueError(
+                f'compute_dtype={self.compute_dtype!r} of shard {self.name!r} must be "bfloat16" or "float32"'
+            )
+        if self.chunk_elements <= 0 or self.chunk_elements % _CHUNK_MULTIPLE:
+            raise ValueError(
+                f"chunk_elements={self.chunk_elements} of shard {self.name!r} must be a positive multiple of "
+                f"{_CHUNK_MULTIPLE}: chunks start at pages of {ALIGNMENT_BYTES} bytes"
+            )
+        if self.num_parameters == 0:
+            raise ValueError(f"shard {self.name!r} has no elements: leave it out")
 
     @classmethod
     def of(
@@ -174,6 +193,7 @@ class ShardLayout:
     def from_json(cls, data: dict[str, Any]) -> ShardLayout:
         """The layout that `to_json` described."""
         slots = tuple(
-            ParameterSlot(p["name"], tuple(p["shape"]), p["start"], p["num_elements"]) for p in data["parameters"]
+            ParameterSlot(p["name"], tuple(p["shape"]), p["start"], p["num_elements"])
+            for p in data["parameters"]
         )
         return cls(data["name"], slots, data["compute_dtype"], data["chunk_elements"])

@@ -1,38 +1,45 @@
-"""`OffloadedAdamW`: a torch optimizer whose master weights and moments live in a store, one shard per model block.
+"""`OffloadedAdamW`: a torch optimizer whose masters and moments live in a store, a shard per model block.
 
 A step of one shard may run in one of two windows; both give the same bits:
 
-* "backward": as soon as the shard's gradient is whole, while the backward pass goes on with the next block. Possible
-  when no global norm is needed first.
-* "forward": after `step()`, when the next forward pass (or a flush) comes to the shard. Gradients wait in host memory
-  or in the store's scratch files until then. The weights read for the update are the ones that forward computes with,
-  so this window costs no extra traffic either.
+* "backward": as soon as the shard's gradient is whole, while the backward pass goes on with the next block.
+  Possible when no global norm is needed first. It is a guess until `step()` accepts it.
+* "forward": after `step()`, when the next forward pass (or a flush) comes to the shard. Gradients wait in
+  host memory or in the store's scratch files until then. The weights read for the update are the ones that
+  forward computes with, so this window costs no extra traffic either.
 
 In both the other slot is written, and the step becomes the committed one when its last shard is written.
+
+Threads: the caller's (one at a time); the intake's (optim.gradients), which in the backward window also
+submits updates; the pipeline's (optim.updater), which also commits; the engine's, which end writes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from io_engine import Buffer, BufferPool, Engine, Extent, Store, StoreError
+from io_engine import Buffer, BufferPool, Engine, Extent, Store, Transfer
+from optim import kernels, norm
+from optim.gradients import GradientIntake, HeldGradient, ShardGradient
+from optim.hyperparameters import check_group, check_max_grad_norm
 from optim.kernels import AdamWScalars, join_master
 from optim.layout import ParameterSlot, ShardLayout
-from optim.norm import clip_coefficient, global_norm, parameter_sum, tile_sums
-from optim.updater import Recorder, ResidentState, ShardUpdater, UpdateJob
+from optim.norm import clip_coefficient, global_norm
+from optim.updater import Barrier, Recorder, ResidentState, ShardUpdater, UpdateInputs, UpdateJob
 
 
 class NonFiniteUpdateError(ArithmeticError):
-    """An update gave NaN or infinity (or a weight that bfloat16 cannot hold); the committed step is untouched."""
+    """An update gave NaN, infinity or a weight too large for bfloat16; the committed step is untouched."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,45 +68,39 @@ class ParameterState:
     """Updates that the parameter has had."""
 
 
-class ShardGradient:
-    """The float32 gradient of one shard while it is being summed: flat, host memory, padding undefined.
-
-    `arrived` names the parameters that have a gradient; the others' elements are undefined.
-    """
-
-    def __init__(self, layout: ShardLayout, buffer: Buffer) -> None:
-        self.layout = layout
-        self.buffer = buffer
-        self.array: npt.NDArray[np.float32] = buffer.array[: layout.gradient_bytes].view(np.float32)
-        self.arrived: set[str] = set()
-
-
-@dataclasses.dataclass
-class _HeldGradient:
-    """A whole gradient waiting for `step()` or for its window: in memory, or spilled to `extent`."""
-
-    gradient: ShardGradient | None
-    extent: Extent | None
-    arrived: set[str]
-    sums: dict[str, float]
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class _PendingUpdate:
-    held: _HeldGradient
+    """An accepted update that begins when the shard's weights come in."""
+
+    held: HeldGradient
     scalars: dict[str, AdamWScalars]
     gradient_scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Commit:
+    """An accepted step; it is committed when the updates of all `shards` are among `jobs`, and written."""
+
+    step: int
+    state: dict[str, Any]
+    shards: frozenset[str]
+    jobs: dict[str, UpdateJob]
 
 
 class OffloadedAdamW(torch.optim.Optimizer):
     """AdamW over a store. Built by `fuyou.AdamW`; used like `torch.optim.AdamW`.
 
-    `shards` are the trainable shards in the order of the forward pass; `names` gives every trainable parameter's name.
-    `gradients` and `records` are the pools that bound its memory. Parameter groups may differ in lr, betas, eps and
-    weight_decay. `max_grad_norm` clips the global norm as `torch.nn.utils.clip_grad_norm_` does.
+    `shards` are the trainable shards in the order of the forward pass; `names` gives every trainable
+    parameter's name. `gradients` and `records` are the pools that bound its memory. `resident_states` are
+    buffers of `state_bytes` for shards whose states stay in host memory; the caller releases them after
+    `close`. Parameter groups may differ in lr, betas, eps and weight_decay. `max_grad_norm` clips the
+    global norm as `torch.nn.utils.clip_grad_norm_` does.
 
-    `load_shard(name)` brings a shard's weights into memory as a forward pass would, which begins its pending update;
-    `drop_resident_weights()` forgets weights kept in host memory after an update in them was given up.
+    `load_shard(name)` brings a shard's weights into memory as a forward pass would, which begins its pending
+    update; `drop_resident_weights()` forgets weights kept in host memory, which are then read again.
+
+    ValueError for hyperparameters or parameters that it cannot use, BudgetError if `records` cannot hold one
+    record. After a failure in the background every call raises it; the store stays at its committed step.
     """
 
     def __init__(
@@ -125,123 +126,165 @@ class OffloadedAdamW(torch.optim.Optimizer):
         weight_decay: float = 0.01,
         max_grad_norm: float | None = None,
     ) -> None:
-        _check_hyperparameters(lr, betas, eps, weight_decay)
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"max_grad_norm={max_grad_norm!r}: must be above 0, or None for no clipping")
-        if window == "backward" and max_grad_norm is not None:
-            raise ValueError('max_grad_norm needs window="forward": the norm is known only after the last gradient')
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        for group in self.param_groups:
-            _check_hyperparameters(group["lr"], group["betas"], group["eps"], group["weight_decay"])
+        self._resident = {name: ResidentState(buffer) for name, buffer in (resident_states or {}).items()}
         self._names = dict(names)
         self._shards = {shard.name: shard for shard in shards}
-        self._store, self._engine = store, engine
-        self._gradients, self._records = gradients, records
         self.window: Literal["backward", "forward"] = window
+        if window == "backward":
+            spilled = frozenset()  # nothing waits
+        check_max_grad_norm(max_grad_norm, window)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        _check_room(records, shards, spilled, self._resident.keys())
+        kernels.warm_up()
+        norm.warm_up()
         self._max_grad_norm = max_grad_norm
-        self._spilled = spilled
-        self._resident = {name: ResidentState(buffer) for name, buffer in (resident_states or {}).items()}
         self._record = record or (lambda *_: None)
+        self._store, self._engine, self._records = store, engine, records
         self._load_shard = load_shard
         self._drop_resident_weights = drop_resident_weights
-        self._updater = ShardUpdater(engine, records, num_workers=num_workers, record=self._record)
-        self._arrivals = ThreadPoolExecutor(1, thread_name_prefix="fuyou-gradient")
-        self._arriving: list[Future[None]] = []
         self._slots = {name: store.active_slot(shard.weight_name) for name, shard in self._shards.items()}
-        self._held: dict[str, _HeldGradient] = {}
-        self._jobs: dict[str, UpdateJob] = {}  # latest job of each shard
-        self._step_jobs: list[tuple[str, UpdateJob]] = []  # jobs of the step that is being made
-        self._pending: dict[str, _PendingUpdate] = {}
-        self._pending_commit: dict[str, Any] | None = None
-        self._barriers: list[Any] = []
-        self._poisoned = False
-        self._speculated: dict[str, dict[str, AdamWScalars]] = {}
-        self._bytes_spilled = 0
+        self._jobs: dict[str, UpdateJob] = {}
+        """Latest job of each shard."""
+        self._barriers: list[Barrier] = []
         self._next_extra: dict[str, Any] = {}
-        saved = store.state.get("optimizer", {})
+        # Forward window: accepted updates that have not begun, and their commit.
+        self._pending: dict[str, _PendingUpdate] = {}
+        self._pending_commit: _Commit | None = None
+        # Backward window, since the last step: shards whose gradient was handed over; of those whose update
+        # has begun, job and scalars; whether a gradient was not finite.
+        self._given: set[str] = set()
+        self._step_jobs: dict[str, UpdateJob] = {}
+        self._speculated: dict[str, dict[str, AdamWScalars]] = {}
+        self._poisoned = False
+
+        saved: Mapping[str, Any] = store.state.get("optimizer", {})
         self.step_count: int = int(saved.get("step_count", 0))
         self._num_updates: int = int(saved.get("num_updates", 0))
         self.num_skipped: int = int(saved.get("num_skipped", 0))
-        self._missed: dict[str, int] = dict(saved.get("missed", {}))
+        self._missed = self._missed_before(dict(saved.get("missed", {})))
         self.extra: dict[str, Any] = dict(saved.get("extra", {}))
         self.last_step: StepResult | None = None
 
-    # --- what users call -----------------------------------------------------------------------------------------
+        self._closed = False
+        self._updater = ShardUpdater(engine, records, num_workers=num_workers, record=self._record)
+        self._intake = GradientIntake(
+            engine=engine,
+            store=store,
+            gradients=gradients,
+            records=records,
+            updater=self._updater,
+            spilled=spilled,
+            record=self._record,
+        )
+
+    # --- what users call -----------------------------------------------------------------------------------
 
     @property
     def max_grad_norm(self) -> float | None:
-        """Limit of the global gradient norm; None: no clipping. May be changed where the window is "forward"."""
+        """Limit of the global gradient norm; None: no clipping. May be changed if the window is "forward"."""
         return self._max_grad_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        if value is not None and not value > 0:
-            raise ValueError(f"max_grad_norm={value!r}: must be above 0, or None for no clipping")
-        if value is not None and self.window == "backward":
-            raise ValueError(
-                f"max_grad_norm={value!r} cannot be set now: updates run during the backward pass, before the norm is "
-                f"known. Give it when the optimizer is made: fuyou.AdamW(model, ..., max_grad_norm={value!r})"
-            )
+        check_max_grad_norm(value, self.window)
         self._max_grad_norm = value
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """Make one optimizer step of the gradients that backward left; see the module's head for when work is done.
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override, unused-ignore]
+        """Make one optimizer step of the gradients that backward left.
 
-        Returning is not commit: updates may still run until the next forward pass uses their block. Does nothing if
-        no backward pass ran since the last step. A gradient that is not finite makes a skipped step. Raises what went
-        wrong in the background since the last call.
+        Returning is not commit: updates may still run until the next forward pass uses their block. Does
+        nothing if no backward pass ran since the last step. A gradient that is not finite makes a skipped
+        step. Raises what went wrong in the background since the last call; ValueError or RuntimeError, with
+        nothing changed, for hyperparameters that cannot be used or that changed too early.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._check_open()
         self._finish_arrivals()
         self.raise_if_broken()
-        if not self._held:
+        self._start_pending()
+        held = self._held
+        if not held:
             return loss
-        sums: dict[str, float] = {}
-        for held in self._held.values():
-            sums.update(held.sums)
-        norm = global_norm(sums)
-        self.step_count += 1
-        skipped, scale = None, 1.0
-        if not math.isfinite(norm):
-            skipped = f"the gradient norm is {norm}"
-            self.num_skipped += 1
+        grad_norm = self.grad_norm()
+        skipped, scale, scalars = None, 1.0, {}
+        if math.isfinite(grad_norm):
+            scale = clip_coefficient(grad_norm, self._max_grad_norm)
+            scalars = self._scalars_of_step(held)
         else:
-            scale = clip_coefficient(norm, self._max_grad_norm)
-        if skipped is None:
-            self._accept(scale)
-        else:
-            self._void()
-            # The count of steps goes on, so that data and random numbers do not repeat after a resume.
-            self._pending_commit = {"jobs": [], "state": self._commit_state()}
-            self._submit_commit()
-        self.last_step = StepResult(self.step_count, norm, scale < 1.0, skipped, self._bytes_spilled)
-        self._bytes_spilled = 0
-        self._held = {}
-        self._step_jobs = []
-        self._speculated = {}
-        self._poisoned = False
+            skipped = f"the gradient norm is {grad_norm}"
+            self._wait_for_speculation()
+        bytes_spilled = self._intake.bytes_spilled
+        with self._whole_or_broken(f"step {self.step_count + 1}"):
+            # The count of steps goes on if it is skipped, so that data and random numbers do not repeat.
+            self.step_count += 1
+            if skipped is None:
+                self._accept(scalars, scale)
+            else:
+                self.num_skipped += 1
+                self._void()
+                self._submit_commit(_Commit(self.step_count, self._state_to_commit(), frozenset(), {}))
+            self.last_step = StepResult(self.step_count, grad_norm, scale < 1.0, skipped, bytes_spilled)
         return loss
+
+    def grad_norm(self) -> float:
+        """Global norm of the gradients that wait for `step()`, 0.0 for none; blocks until they are here."""
+        self._finish_arrivals()
+        return global_norm({name: value for held in self._held.values() for name, value in held.sums.items()})
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients that no `step()` has taken; those that one has taken are not touched."""
         self._finish_arrivals()
-        if self._held:
-            self._void()
-            self._held, self._step_jobs, self._speculated = {}, [], {}
-            self._poisoned, self._bytes_spilled = False, 0
+        if self._held or self._given:
+            self._wait_for_speculation()
+            with self._whole_or_broken("zero_grad()"):
+                self._void()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; ValueError for parameters that are not trained and for unusable hyperparameters."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            foreign = sum(p not in self._names for p in group["params"])
+            if foreign:
+                raise ValueError(
+                    f"{foreign} of {len(group['params'])} parameters in a group are not trained: "
+                    "pass those of model.parameters() that required gradients when the optimizer was "
+                    "made"
+                )
+            check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the hyperparameters; ValueError if there are states, which live in the store."""
+        if state_dict.get("state"):
+            raise ValueError(
+                f"this state_dict holds states of {len(state_dict['state'])} parameters, but an offloaded "
+                "optimizer has them in its store: open the model with that store to resume, and load only "
+                "what state_dict() of this class gave"
+            )
+        for group in state_dict["param_groups"]:
+            check_group(group)
+        super().load_state_dict(state_dict)
 
     def commit_extra(self, extra: Mapping[str, Any]) -> None:
-        """Store `extra` (JSON) with the commit of the step that is taken next; read it back from `extra` on resume."""
-        self._next_extra = dict(extra)
+        """Store `extra` with the commit of the step that is taken next; `extra` gives it back on resume.
+
+        It must be JSON (else TypeError or ValueError), and is copied.
+        """
+        self._next_extra = json.loads(json.dumps(dict(extra), allow_nan=False))
 
     def state_of(self, name: str) -> ParameterState:
-        """Copies of one parameter's master and moments as of the last step; flushes first. KeyError if unknown."""
+        """Copies of one parameter's master and moments as of the last step; flushes first.
+
+        KeyError for a name that is not trained.
+        """
         shard, slot = self._find(name)
         self.flush()
-        shape = slot.shape
         parts: list[npt.NDArray[np.float32]] = [np.empty(slot.num_elements, np.float32) for _ in range(3)]
         weight = self._store.extent(shard.weight_name, self._slots[shard.name])
         state = self._store.extent(shard.state_name, self._slots[shard.name])
@@ -258,42 +301,61 @@ class OffloadedAdamW(torch.optim.Optimizer):
             else:
                 join_master(weights.view(np.uint16)[here], views.low[here], parts[0][there])
             parts[1][there], parts[2][there] = views.m[here], views.v[here]
-        tensors = [torch.from_numpy(part).reshape(shape) for part in parts]
-        return ParameterState(*tensors, step=self._num_updates - self._missed.get(name, 0))
+        master, exp_avg, exp_avg_sq = (torch.from_numpy(part).reshape(slot.shape) for part in parts)
+        return ParameterState(master, exp_avg, exp_avg_sq, step=self._num_updates - self._missed.get(name, 0))
 
     def flush(self) -> None:
         """Block until every step taken is committed; raises what went wrong."""
+        self._check_open()
         self._finish_arrivals()
-        for name in list(self._pending):
-            self._load_shard(name)
+        self.raise_if_broken()
+        self._start_pending()
         for barrier in self._barriers:
             barrier.wait()
         self._barriers.clear()
         self.raise_if_broken()
 
     def close(self) -> None:
-        """Stop the threads without waiting for pending updates (`flush` first to keep them). Idempotent."""
-        self._arrivals.shutdown()
-        self._updater.close()
+        """Stop the threads, give all buffers back. Idempotent.
 
-    # --- what the executor calls -----------------------------------------------------------------------------------
+        What has begun is finished, a commit included; updates that have not begun are given up (`flush` first
+        to keep them).
+        """
+        self._closed = True
+        self._intake.close()
+        self._updater.close()
+        while self._pending:
+            self._pending.popitem()[1].held.release()
+
+    # --- what the executor calls ---------------------------------------------------------------------------
 
     def raise_if_broken(self) -> None:
         """Raise the background failure after which nothing more is committed, if there was one."""
-        if self._updater.error is not None:
-            raise self._updater.error
+        error = self._updater.error or self._intake.error
+        if error is not None:
+            raise error.with_traceback(None)
 
     def slot_of(self, shard: str) -> int:
         """Slot that holds, or will hold, the shard's latest weights; `wait_written` first."""
         return self._slots.get(shard, 0)
 
     def is_written(self, shard: str) -> bool:
-        """Whether the shard's latest weights can be read now, and no step in the making is about to replace them."""
+        """Whether the shard's weights can be read now and no step in the making is about to replace them."""
+        if shard in self._given:
+            return False
         job = self._jobs.get(shard)
-        return job is None or (job.done.is_set() and all(job is not mine for _, mine in self._step_jobs))
+        return job is None or job.done.is_set()
 
     def wait_written(self, shard: str) -> None:
-        """Block until the shard's latest slot can be read."""
+        """Block until the shard's latest weights can be read; raises what went wrong with them.
+
+        Where an update has begun that no step() has accepted, those are in the slot that it left alone.
+        """
+        if shard in self._given:
+            self._finish_arrivals()
+            self._wait_for_speculation()
+            self.raise_if_broken()
+            return
         job = self._jobs.get(shard)
         if job is not None:
             job.wait()
@@ -306,37 +368,50 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self,
         shard: str,
         weights: npt.NDArray[np.uint8],
-        wait_before: Sequence[Any],
+        wait_before: Sequence[Transfer],
         on_done: Callable[[], None],
     ) -> UpdateJob:
-        """Begin the shard's update in `weights` (its whole extent, on its way in by `wait_before`); returns at once.
+        """Begin the shard's update in `weights` (its whole extent, on its way in by `wait_before`).
 
-        `weights` may be read after `job.wait_ready()` and reused after `on_done` was called.
+        Returns at once. `weights` may be read after `job.wait_ready()` and reused after `on_done` was called.
         """
-        pending = self._pending.pop(shard)
-        job = self._submit(shard, pending.held, weights, pending.scalars, pending.gradient_scale, wait_before, on_done)
-        if self._pending_commit is not None:
-            self._pending_commit["jobs"].append((shard, job))
-        self._slots[shard] = 1 - self._slots[shard]
-        if not self._pending:
-            self._submit_commit()
+        commit = self._pending_commit
+        assert commit is not None
+        with self._whole_or_broken(f"the update of {shard}"):
+            pending = self._pending[shard]
+            job = self._submit(
+                pending.held, weights, pending.scalars, pending.gradient_scale, wait_before, on_done
+            )
+            del self._pending[shard]
+            commit.jobs[shard] = job
+            self._slots[shard] = 1 - self._slots[shard]
+            if not self._pending:
+                self._pending_commit = None
+                self._submit_commit(commit)
         return job
 
     def acquire_gradient(self, shard: str) -> ShardGradient:
         """An empty buffer in which to sum one backward pass's gradient; blocks while the pool is used up.
 
         What an earlier backward pass left since the last step is added when this one is complete.
+        RuntimeError for a second backward pass in the backward window, BudgetError if no buffer can become
+        free.
         """
+        self._check_open()
+        self.raise_if_broken()
+        if shard in self._given:
+            raise RuntimeError(
+                "a second backward pass before optimizer.step(): the first one's updates have begun already. "
+                "Give the whole batch to one forward pass (micro_batch_size splits it), use accelerate's "
+                'accumulate(), or plan update_window="forward"'
+            )
         if self.window == "backward":
-            self._finish_arrivals()
-            if shard in self._held:
-                raise RuntimeError(
-                    "a second backward pass before optimizer.step(): the first one's updates have begun already. Give the "
-                    "whole batch to one forward pass (micro_batch_size splits it), use accelerate's accumulate(), or plan "
-                    'update_window="forward"'
-                )
-        layout = self._shards[shard]
-        return ShardGradient(layout, self._gradients.acquire(layout.gradient_bytes))
+            # Here, where the caller can act on it, and not in the background when the update begins.
+            for group in self.param_groups:
+                check_group(group)
+        return self._intake.acquire(
+            self._shards[shard], lambda: all(job.done.is_set() for job in list(self._jobs.values()))
+        )
 
     def gradient_complete(
         self,
@@ -348,220 +423,271 @@ class OffloadedAdamW(torch.optim.Optimizer):
     ) -> None:
         """The shard's backward pass is over: hand over its gradient; returns at once.
 
-        `wait` blocks until the gradient has arrived in host memory. Where the window is "backward", `weights` is the
-        whole weight extent in host memory, of which nothing else makes use any more: the update happens in it, and
-        `on_done` is called, from any thread, when it may be reused.
+        `wait` blocks until the gradient has arrived in host memory. Where the window is "backward", `weights`
+        is the whole weight extent in host memory, of which nothing else makes use any more: the update
+        happens in it, and `on_done` is called, from any thread, when it may be reused.
         """
-        self._arriving.append(self._arrivals.submit(self._arrive, gradient, weights, wait, on_done))
+        self._check_open()
+        shard = gradient.layout.name
+        with self._whole_or_broken(f"the gradient of {shard}"):
+            if self.window == "backward":
+                assert weights is not None
+                assert on_done is not None
+                given_weights, given_back = weights, on_done
+                self._given.add(shard)
+                self._intake.submit(
+                    gradient,
+                    wait=wait,
+                    then=lambda held: self._speculate(held, given_weights, given_back),
+                    on_unused=on_done,
+                )
+                return
+            former = self._jobs.get(shard)
+
+            def arrived() -> None:
+                wait()
+                # Its gradient may be the one that lies where this one is spilled to.
+                if former is not None:
+                    former.weights_ready.wait()
+
+            self._intake.submit(gradient, wait=arrived, then=None, on_unused=None)
 
     def trains(self, shard: str) -> bool:
         """Whether the shard has parameters to update."""
         return shard in self._shards
 
-    # --- inside ----------------------------------------------------------------------------------------------------
+    # --- inside: one step ----------------------------------------------------------------------------------
 
-    def _arrive(
-        self,
-        gradient: ShardGradient,
-        weights: npt.NDArray[np.uint8] | None,
-        wait: Callable[[], None],
-        on_done: Callable[[], None] | None,
+    @property
+    def _held(self) -> dict[str, HeldGradient]:
+        """By shard, the gradients that wait for `step()`; complete after `_finish_arrivals`."""
+        return self._intake.held
+
+    def _finish_arrivals(self) -> None:
+        self._intake.finish()
+
+    def _speculate(
+        self, held: HeldGradient, weights: npt.NDArray[np.uint8], on_done: Callable[[], None]
     ) -> None:
-        wait()
-        layout = gradient.layout
-        earlier = self._held.pop(layout.name, None)
-        if earlier is not None:
-            gradient = self._add(earlier, gradient)
-        started = time.perf_counter()
-        arrived = [p for p in layout.parameters if p.name in gradient.arrived]
-        tiles = self._updater.map(lambda p: tile_sums(gradient.array[p.start : p.stop]), arrived)
-        sums = {p.name: parameter_sum(t) for p, t in zip(arrived, tiles, strict=True)}
-        self._record("cpu", f"norm {layout.name}", started, time.perf_counter(), gradient.array.nbytes)
-        held = _HeldGradient(gradient, None, gradient.arrived, sums)
-        self._held[layout.name] = held
-        if self.window == "backward":
-            assert weights is not None and on_done is not None
-            self._poisoned = self._poisoned or not all(math.isfinite(s) for s in sums.values())
-            if self._poisoned:
-                on_done()
-                return
-            scalars = self._scalars(layout, gradient.arrived, self._num_updates + 1)
-            self._speculated[layout.name] = scalars
-            job = self._submit(layout.name, held, weights, scalars, 1.0, (), on_done)
-            self._step_jobs.append((layout.name, job))
-        elif layout.name in self._spilled:
-            extent = self._store.scratch(f"{layout.name}/gradient", layout.gradient_bytes)
-            self._engine.write(extent, gradient.buffer.array[: layout.gradient_bytes]).wait()
-            self._bytes_spilled += layout.gradient_bytes
-            held.gradient, held.extent = None, extent
-            gradient.buffer.release()
-
-    def _add(self, earlier: _HeldGradient, gradient: ShardGradient) -> ShardGradient:
-        """The sum of an earlier backward pass's gradient and this one's, in this order; one buffer goes back."""
-        total = earlier.gradient
-        if total is None:
-            assert earlier.extent is not None
-            total = ShardGradient(gradient.layout, self._gradients.acquire(gradient.layout.gradient_bytes))
-            self._engine.read(earlier.extent, total.buffer.array[: gradient.layout.gradient_bytes]).wait()
-            total.arrived = earlier.arrived
-        for p in gradient.layout.parameters:
-            if p.name not in gradient.arrived:
-                continue
-            if p.name in total.arrived:
-                total.array[p.start : p.stop] += gradient.array[p.start : p.stop]
-            else:
-                total.array[p.start : p.stop] = gradient.array[p.start : p.stop]
-        total.arrived |= gradient.arrived
-        gradient.buffer.release()
-        return total
+        """Begin an update that `step()` may accept; on the intake's thread."""
+        self._poisoned = self._poisoned or not held.is_finite
+        scalars = {} if self._poisoned else self._scalars(held, self._groups_by_name())
+        if not scalars:
+            on_done()
+            return
+        self._speculated[held.layout.name] = scalars
+        self._step_jobs[held.layout.name] = self._submit(held, weights, scalars, 1.0, (), on_done)
 
     def _submit(
         self,
-        shard: str,
-        held: _HeldGradient,
+        held: HeldGradient,
         weights: npt.NDArray[np.uint8],
         scalars: Mapping[str, AdamWScalars],
         gradient_scale: float,
-        wait_before: Sequence[Any],
+        wait_before: Sequence[Transfer],
         on_done: Callable[[], None],
     ) -> UpdateJob:
-        layout, slot = self._shards[shard], self._slots[shard]
-        gradient = held.gradient
+        layout, gradient = held.layout, held.gradient
+        slot = self._slots[layout.name]
 
-        def done(_job: UpdateJob) -> None:
+        def done() -> None:
             if gradient is not None:
                 gradient.buffer.release()
             on_done()
 
-        held.gradient = None  # the job owns it now
         job = UpdateJob(
             layout,
-            weights=weights,
-            gradient=None if gradient is None else gradient.array,
-            gradient_extent=held.extent,
-            scalars=scalars,
-            gradient_scale=gradient_scale,
-            state_from=self._store.extent(layout.state_name, slot),
-            state_to=self._store.extent(layout.state_name, 1 - slot),
-            weight_to=self._store.extent(layout.weight_name, 1 - slot),
-            resident_state=self._resident.get(shard),
-            wait_before=wait_before,
-            on_done=done,
+            UpdateInputs(
+                weights=weights,
+                gradient=None if gradient is None else gradient.array,
+                gradient_extent=held.extent,
+                scalars=scalars,
+                gradient_scale=gradient_scale,
+                state_from=self._store.extent(layout.state_name, slot),
+                state_to=self._store.extent(layout.state_name, 1 - slot),
+                weight_to=self._store.extent(layout.weight_name, 1 - slot),
+                resident_state=self._resident.get(layout.name),
+                wait_before=wait_before,
+                on_done=done,
+            ),
         )
-        self._jobs[shard] = job
         self._updater.submit(job)
+        held.gradient = None  # the job owns it now
+        self._jobs[layout.name] = job
         return job
 
-    def _accept(self, scale: float) -> None:
-        """The gradients held become step `step_count`: commit what has run, or leave it to its window."""
+    def _scalars_of_step(self, held: Mapping[str, HeldGradient]) -> dict[str, dict[str, AdamWScalars]]:
+        """By shard, what this step's updates multiply with; changes nothing."""
+        for group in self.param_groups:
+            check_group(group)
+        groups = self._groups_by_name()
+        scalars = {shard: self._scalars(h, groups) for shard, h in held.items()}
+        for shard, used in self._speculated.items():
+            if used != scalars[shard]:
+                raise RuntimeError(
+                    "lr, betas, eps or weight_decay changed between backward() and step(), when updates had "
+                    "begun: change them after step(), as torch's schedulers do, or call zero_grad() and "
+                    "repeat the backward pass"
+                )
+        return scalars
+
+    def _accept(self, scalars: Mapping[str, dict[str, AdamWScalars]], scale: float) -> None:
+        """The gradients held become this step: commit what has run, or leave it to its window."""
+        held = self._intake.take_all()
         self._num_updates += 1
-        arrived: set[str] = set()
-        for held in self._held.values():
-            arrived |= held.arrived
-        for name in self._groups_by_name():
-            if name not in arrived:
-                self._missed[name] = self._missed.get(name, 0) + 1
+        arrived = frozenset[str]().union(*(h.arrived for h in held.values()))
+        for shard in self._shards.values():
+            for slot in shard.parameters:
+                if slot.name not in arrived:
+                    self._missed[slot.name] = self._missed.get(slot.name, 0) + 1
+        state = self._state_to_commit()
         if self.window == "backward":
-            for name, scalars in self._speculated.items():
-                if scalars != self._scalars(self._shards[name], self._held[name].arrived, self._num_updates):
-                    raise RuntimeError(
-                        "lr, betas, eps or weight_decay changed between backward() and step(), when updates had begun: "
-                        "change them after step(), as torch's schedulers do"
-                    )
-            for name, _job in self._step_jobs:
+            jobs = self._step_jobs
+            self._end_speculation()
+            for name in jobs:
                 self._slots[name] = 1 - self._slots[name]
-            self._pending_commit = {"jobs": list(self._step_jobs), "state": self._commit_state()}
-            self._submit_commit()
+            for h in held.values():
+                h.release()  # of shards without a parameter in any group
+            self._submit_commit(_Commit(self.step_count, state, frozenset(jobs), jobs))
             return
-        # Updates of the step before are under way or done: the forward pass in between, or a flush, began them.
-        assert not self._pending
-        self._pending = {
-            name: _PendingUpdate(held, self._scalars(self._shards[name], held.arrived, self._num_updates), scale)
-            for name, held in self._held.items()
-        }
-        self._pending_commit = {"jobs": [], "state": self._commit_state()}
+        pending = {name: _PendingUpdate(h, scalars[name], scale) for name, h in held.items() if scalars[name]}
+        for name in held.keys() - pending.keys():
+            held[name].release()
+        commit = _Commit(self.step_count, state, frozenset(pending), {})
+        if pending:
+            self._pending, self._pending_commit = pending, commit
+        else:
+            self._submit_commit(commit)
+
+    def _wait_for_speculation(self) -> None:
+        """Block until updates that no step has accepted are through, well or not."""
+        for job in self._step_jobs.values():
+            job.done.wait()
 
     def _void(self) -> None:
-        """Give up the gradients held and whatever was speculated from them; slots and states stay as they were."""
-        for _name, job in self._step_jobs:
-            job.wait()
-        for name, held in self._held.items():
-            if held.gradient is not None:
-                held.gradient.buffer.release()
-            if name in self._resident and self._step_jobs:
+        """Give up the gradients held and what was speculated from them; slots stay as they were."""
+        for held in self._intake.take_all().values():
+            held.release()
+        jobs = self._step_jobs
+        self._end_speculation()
+        for name in jobs:
+            # Both were updated in place.
+            if name in self._resident:
                 self._resident[name].filled = False
-        if self._step_jobs:
+            del self._jobs[name]
+        if jobs:
             self._drop_resident_weights()
-        for name, _job in self._step_jobs:
-            self._jobs.pop(name, None)
 
-    def _commit_state(self) -> dict[str, Any]:
-        state = {
+    def _end_speculation(self) -> None:
+        self._step_jobs, self._speculated, self._poisoned = {}, {}, False
+        self._given = set()
+
+    def _start_pending(self) -> None:
+        """Begin every update that no forward pass has begun."""
+        for name in list(self._pending):
+            self._load_shard(name)
+        if self._pending_commit is not None:
+            raise RuntimeError(
+                f"step {self.step_count} was accepted, but loading {', '.join(self._pending)} did not "
+                f"begin its update; the store stands at step {self._store.step}: open the model again to go "
+                "on from there"
+            )
+
+    # --- inside: commits -----------------------------------------------------------------------------------
+
+    def _state_to_commit(self) -> dict[str, Any]:
+        extra, self._next_extra = self._next_extra, {}
+        return {
             "step_count": self.step_count,
             "num_updates": self._num_updates,
             "num_skipped": self.num_skipped,
             "missed": {name: count for name, count in self._missed.items() if count},
-            "extra": self._next_extra,
+            "extra": extra,
         }
-        self._next_extra = {}
-        return state
 
-    def _submit_commit(self) -> None:
-        commit, self._pending_commit = self._pending_commit, None
-        assert commit is not None
-        jobs: list[tuple[str, UpdateJob]] = commit["jobs"]
+    def _submit_commit(self, commit: _Commit) -> None:
         # The slots as they are now: a later step may flip them again before the barrier runs.
-        slots = {name: self._slots[name] for name, _ in jobs}
-
-        def call() -> None:
-            started = time.perf_counter()
-            checksums: dict[str, str] = {}
-            extents: dict[str, int] = {}
-            for name, job in jobs:
-                if job.refused_parameter is not None:
-                    raise NonFiniteUpdateError(
-                        f"step {commit['state']['step_count']} would make {job.refused_parameter} NaN, infinite or too "
-                        f"large for bfloat16; the store stays at step {self._store.step}. Lower the learning rate and "
-                        "resume"
-                    )
-                checksums.update(job.checksums())
-                layout = self._shards[name]
-                extents[layout.weight_name] = extents[layout.state_name] = slots[name]
-            self._store.commit(
-                step=commit["state"]["step_count"],
-                slots=extents,
-                checksums=checksums,
-                state={**self._store.state, "optimizer": commit["state"]},
-            )
-            self._record("ssd_write", "commit", started, time.perf_counter(), 0)
-
+        slots = {name: self._slots[name] for name in commit.shards}
+        barrier = self._updater.submit_barrier(lambda: self._commit(commit, slots))
         self._barriers = [b for b in self._barriers if not b.done.is_set() or b.error is not None]
-        self._barriers.append(self._updater.submit_barrier(call))
+        self._barriers.append(barrier)
 
-    def _finish_arrivals(self, shard: str | None = None) -> None:
-        arriving, self._arriving = self._arriving, []
-        for future in arriving:
-            future.result()
+    def _commit(self, commit: _Commit, slots: Mapping[str, int]) -> None:
+        """On the pipeline's thread, when every write of the step has ended."""
+        assert commit.jobs.keys() == commit.shards
+        checksums: dict[str, str] = {}
+        extents: dict[str, int] = {}
+        started = time.perf_counter()
+        for name, job in commit.jobs.items():
+            if job.refused_parameter is not None:
+                raise NonFiniteUpdateError(
+                    f"step {commit.step} would make {job.refused_parameter} NaN, infinite or too large for "
+                    f"{job.layout.compute_dtype}; the store stays at step {self._store.step}. Lower the "
+                    "learning rate and resume"
+                )
+            checksums.update(job.checksums())
+            extents[job.layout.weight_name] = extents[job.layout.state_name] = slots[name]
+        self._store.commit(
+            step=commit.step,
+            slots=extents,
+            checksums=checksums,
+            state={**self._store.state, "optimizer": commit.state},
+        )
+        self._record("ssd_write", "commit", started, time.perf_counter(), 0)
 
-    def _scalars(self, layout: ShardLayout, arrived: set[str], num_updates: int) -> dict[str, AdamWScalars]:
-        groups = self._groups_by_name()
-        return {
-            p.name: AdamWScalars.at_step(
-                lr=float(groups[p.name]["lr"]),
-                beta1=groups[p.name]["betas"][0],
-                beta2=groups[p.name]["betas"][1],
-                eps=groups[p.name]["eps"],
-                weight_decay=groups[p.name]["weight_decay"],
-                step=num_updates - self._missed.get(p.name, 0),
+    @contextlib.contextmanager
+    def _whole_or_broken(self, what: str) -> Iterator[None]:
+        """What ends in its middle, by Ctrl-C say, must never be committed: from then on nothing is."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self._updater.fail(error)
+            else:
+                self._updater.fail(
+                    RuntimeError(
+                        f"{what} was interrupted ({type(error).__name__}) while it was being taken over; the "
+                        f"store stands at step {self._store.step}: open the model again to go on from there"
+                    )
+                )
+            raise
+
+    # --- inside: small things ------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the optimizer is closed: open the model again to go on training")
+
+    def _scalars(
+        self, held: HeldGradient, groups: Mapping[str, Mapping[str, Any]]
+    ) -> dict[str, AdamWScalars]:
+        """What the next update of a shard multiplies with, by parameter with a gradient and a group."""
+        scalars = {}
+        for p in held.layout.parameters:
+            group = groups.get(p.name)
+            if group is None or p.name not in held.arrived:
+                continue
+            beta1, beta2 = group["betas"]
+            scalars[p.name] = AdamWScalars.at_step(
+                lr=float(group["lr"]),
+                beta1=float(beta1),
+                beta2=float(beta2),
+                eps=float(group["eps"]),
+                weight_decay=float(group["weight_decay"]),
+                step=self._num_updates + 1 - self._missed.get(p.name, 0),
             )
-            for p in layout.parameters
-            if p.name in arrived and p.name in groups
-        }
+        return scalars
 
     def _groups_by_name(self) -> dict[str, dict[str, Any]]:
-        return {
-            self._names[p]: group for group in self.param_groups for p in group["params"] if p in self._names
-        }
+        return {self._names[p]: group for group in self.param_groups for p in group["params"]}
+
+    def _missed_before(self, missed: dict[str, int]) -> dict[str, int]:
+        """Updates without each parameter so far, those before its shard was first trained included."""
+        written = self._store.checksums.keys()
+        for shard in self._shards.values():
+            if shard.state_name not in written:
+                missed |= dict.fromkeys((slot.name for slot in shard.parameters), self._num_updates)
+        return missed
 
     def _find(self, name: str) -> tuple[ShardLayout, ParameterSlot]:
         for shard in self._shards.values():
@@ -576,13 +702,16 @@ class OffloadedAdamW(torch.optim.Optimizer):
             return buffer.array[: extent.num_bytes].copy()
 
 
-def _check_hyperparameters(lr: float, betas: Sequence[float], eps: float, weight_decay: float) -> None:
-    for field, value, good in (
-        ("lr", lr, lr >= 0),
-        ("betas[0]", betas[0], 0 <= betas[0] < 1),
-        ("betas[1]", betas[1], 0 <= betas[1] < 1),
-        ("eps", eps, eps > 0),
-        ("weight_decay", weight_decay, weight_decay >= 0),
-    ):
-        if not good or not math.isfinite(float(value)):
-            raise ValueError(f"{field}={value!r}: out of range")
+def _check_room(
+    records: BufferPool, shards: Sequence[ShardLayout], spilled: frozenset[str], resident: Iterable[str]
+) -> None:
+    """BudgetError unless every shard's records fit beside what is kept in the pool."""
+    in_memory = set(resident)
+    needed_bytes = 0
+    for shard in shards:
+        staged_bytes = 0 if shard.name in in_memory else shard.full_record_bytes
+        if shard.name in spilled:
+            staged_bytes += shard.gradient_range(0)[1]
+        needed_bytes = max(needed_bytes, staged_bytes)
+    if needed_bytes:
+        records.acquire(needed_bytes, block=False).release()

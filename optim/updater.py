@@ -1,26 +1,35 @@
 """The pipeline under the out-of-core optimizer: read record k+1 | update record k | write record k-1.
 
-One thread walks the submitted jobs in order, chunk by chunk. A record is read from the shard's current slot, updated
-in place, and written to the other slot; the weights are updated in place in the caller's buffer and written from
-there. Nothing is ever written over the data it was computed from, so that a job can be given up at any moment.
-Calls submitted between jobs (commits) are barriers: they run when everything before them is on its way out of memory
-and acknowledged, and nothing behind them is written before they return.
+One thread walks the submitted jobs in order, chunk by chunk. A record is read from the shard's current slot,
+updated in place, and written to the other slot; the weights are updated in place in the caller's buffer and
+written from there. Nothing is ever written over the data it was computed from, so that a job can be given up
+at any moment. Calls submitted between jobs (commits) are barriers: they run when every write before them has
+ended, and nothing behind them is written before they return.
 """
 
 from __future__ import annotations
 
 import collections
+import concurrent.futures
 import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from io_engine import Buffer, BufferPool, Engine, Extent, Transfer, combine_checksums, piece_digest
+from io_engine import (
+    BudgetError,
+    Buffer,
+    BufferPool,
+    Engine,
+    Extent,
+    Transfer,
+    combine_checksums,
+    piece_digest,
+)
 from optim.kernels import AdamWScalars, adamw_float32, adamw_split
 from optim.layout import ShardLayout
 
@@ -30,49 +39,60 @@ TILE_ELEMENTS = 256 * 1024
 Recorder = Callable[[str, str, float, float, int], None]
 """(lane, name, started_seconds, ended_seconds, num_bytes): where spans go that a trace may show."""
 
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclasses.dataclass
+class ResidentState:
+    """A shard's states kept in host memory; the drive still gets every step (write-through)."""
+
+    buffer: Buffer
+    filled: bool = False
+    """Whether the buffer holds the current slot's contents."""
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateInputs:
+    """What an update works on; the job lets go of all of it before `on_done`."""
+
+    weights: npt.NDArray[np.uint8]
+    """The shard's whole weight extent, updated in place."""
+    gradient: npt.NDArray[np.float32] | None
+    """The shard's gradient in host memory; None if it was spilled to `gradient_extent`."""
+    gradient_extent: Extent | None
+    scalars: Mapping[str, AdamWScalars]
+    """By parameter; those without an entry keep their weights and states."""
+    gradient_scale: float
+    state_from: Extent
+    state_to: Extent
+    weight_to: Extent
+    resident_state: ResidentState | None = None
+    wait_before: Sequence[Transfer] = ()
+    """What must have arrived before `weights` can be updated."""
+    on_done: Callable[[], None] | None = None
+    """Called once, from any thread, when nothing here is in use any more, whether it went well or not."""
+
 
 class UpdateJob:
     """One optimizer step of one shard, from submission until its new slot is written.
 
-    The caller owns `weights` (uint8, the shard's whole weight extent) and `gradient` (float32, in host memory; None if
-    it was spilled to `gradient_extent`) again once `done` is set; from `weights_ready` on, `weights` holds the new
-    weights and may be read, not written.
+    The caller owns `weights` and `gradient` again once `done` is set (or `on_done` called); from
+    `weights_ready` on, `weights` holds the new weights and may be read, not written.
     """
 
-    def __init__(
-        self,
-        layout: ShardLayout,
-        *,
-        weights: npt.NDArray[np.uint8],
-        gradient: npt.NDArray[np.float32] | None,
-        gradient_extent: Extent | None,
-        scalars: Mapping[str, AdamWScalars],
-        gradient_scale: float,
-        state_from: Extent,
-        state_to: Extent,
-        weight_to: Extent,
-        resident_state: ResidentState | None = None,
-        wait_before: Sequence[Transfer] = (),
-        on_done: Callable[[UpdateJob], None] | None = None,
-    ) -> None:
+    def __init__(self, layout: ShardLayout, inputs: UpdateInputs) -> None:
         self.layout = layout
-        self.weights = weights
-        self.gradient = gradient
-        self.gradient_extent = gradient_extent
-        self.scalars = scalars
-        self.gradient_scale = gradient_scale
-        self.state_from, self.state_to, self.weight_to = state_from, state_to, weight_to
-        self.resident_state = resident_state
-        self.wait_before = wait_before
         self.weights_ready = threading.Event()
         self.done = threading.Event()
         self.error: BaseException | None = None
         self.refused_parameter: str | None = None
         """First parameter whose update gave NaN or infinity; the step must then not be committed."""
-        self._on_done = on_done
+        self._inputs: UpdateInputs | None = inputs
         self._lock = threading.Lock()
-        self._num_writes_open = 1  # one for the pipeline itself, so that `done` waits for the last chunk
-        self._digests: dict[str, list[int]] = {"weight": [], "state": []}
+        self._num_open = 1  # one for the pipeline itself, so that `done` waits for the last chunk
+        self._weight_digests: list[int] = []
+        self._state_digests: list[int] = []
 
     def wait_ready(self) -> None:
         """Block until `weights` holds the new weights; raises what went wrong."""
@@ -87,41 +107,81 @@ class UpdateJob:
     def checksums(self) -> dict[str, str]:
         """Checksum by extent name of what was written; valid once done."""
         return {
-            self.layout.weight_name: combine_checksums(self._digests["weight"]),
-            self.layout.state_name: combine_checksums(self._digests["state"]),
+            self.layout.weight_name: combine_checksums(self._weight_digests),
+            self.layout.state_name: combine_checksums(self._state_digests),
         }
+
+    @property
+    def inputs(self) -> UpdateInputs:
+        """For the pipeline: what to work on; gone once done."""
+        assert self._inputs is not None
+        return self._inputs
+
+    def add_digests(self, state_digest: int, weight_digest: int) -> None:
+        """For the pipeline: the next chunk's checksums."""
+        self._state_digests.append(state_digest)
+        self._weight_digests.append(weight_digest)
+
+    def fail(self, error: BaseException) -> None:
+        """For the pipeline: the new slot is worthless. The first error stays."""
+        with self._lock:
+            # Without the frames, which would keep arrays of released buffers alive.
+            self.error = self.error or error.with_traceback(None)
+        self.weights_ready.set()
+
+    def open_one(self) -> None:
+        """For the pipeline: one more write that `done` waits for."""
+        with self._lock:
+            self._num_open += 1
+
+    def close_one(self) -> None:
+        """For the pipeline: a write, or the pipeline's own work, has ended."""
+        with self._lock:
+            self._num_open -= 1
+            last = self._num_open == 0
+        if not last:
+            return
+        on_done = self.inputs.on_done
+        # Views keep a pool's memory mapped after the pool has given it up, so none outlives the work.
+        self._inputs = None
+        self.weights_ready.set()
+        try:
+            if on_done is not None:
+                on_done()
+        except BaseException as error:  # whoever waits must wake up, and hear of it
+            self.fail(error)
+        finally:
+            self.done.set()
 
     def _raise(self) -> None:
         if self.error is not None:
-            raise self.error
-
-    def _fail(self, error: BaseException) -> None:
-        with self._lock:
-            self.error = self.error or error
-        self.weights_ready.set()
-
-    def _open_writes(self, count: int) -> None:
-        with self._lock:
-            self._num_writes_open += count
-
-    def _close_write(self) -> None:
-        with self._lock:
-            self._num_writes_open -= 1
-            last = self._num_writes_open == 0
-        if last:
-            self.weights_ready.set()
-            if self._on_done is not None:
-                self._on_done(self)
-            self.done.set()
+            raise self.error.with_traceback(None)
 
 
-@dataclasses.dataclass
-class ResidentState:
-    """A shard's states kept in host memory; the drive still gets every step (write-through)."""
+class Barrier:
+    """A call in the queue of a `ShardUpdater`."""
 
-    buffer: Buffer
-    filled: bool = False
-    """Whether the buffer holds the current slot's contents."""
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call: Callable[[], None] | None = call
+        self.done = threading.Event()
+        self.error: BaseException | None = None
+
+    def wait(self) -> None:
+        """Block until the call has returned; raises what it raised, or why it did not run."""
+        self.done.wait()
+        if self.error is not None:
+            raise self.error.with_traceback(None)
+
+    def run(self) -> None:
+        """For the pipeline: make the call; raises what it raises."""
+        call, self._call = self._call, None
+        assert call is not None
+        call()
+
+    def end(self, error: BaseException | None) -> None:
+        """For the pipeline: wake up whoever waits."""
+        self.error, self._call = error, None
+        self.done.set()
 
 
 @dataclasses.dataclass
@@ -132,27 +192,32 @@ class _Chunk:
     buffer: Buffer | None
     gradient: npt.NDArray[np.float32]
     transfers: list[Transfer]
-    last: bool
 
 
-class _Barrier:
-    def __init__(self, call: Callable[[], None]) -> None:
-        self.call = call
-        self.done = threading.Event()
-        self.error: BaseException | None = None
+class _SharedBuffer:
+    """Releases a buffer when the last of those who use it has ended; made with one user."""
 
-    def wait(self) -> None:
-        self.done.wait()
-        if self.error is not None:
-            raise self.error
+    def __init__(self, buffer: Buffer | None) -> None:
+        self._num_users, self._buffer, self._lock = 1, buffer, threading.Lock()
+
+    def open_one(self) -> None:
+        with self._lock:
+            self._num_users += 1
+
+    def close_one(self) -> None:
+        with self._lock:
+            self._num_users -= 1
+            last = self._num_users == 0
+        if last and self._buffer is not None:
+            self._buffer.release()
 
 
 class ShardUpdater:
     """Runs update jobs and barriers in the order of submission on a thread of its own.
 
-    `records` holds the ring of record buffers (`record_buffer_bytes` each); `num_workers` threads share the
-    arithmetic. After the first failure every later job and barrier fails with the same error: nothing is committed on
-    top of a step that is not whole.
+    `records` gives the buffers of the records on their way, one at least of the largest record (and its piece
+    of a spilled gradient); `num_workers` threads share the arithmetic. After the first failure every later
+    job and barrier fails with the same error: nothing is committed on top of a step that is not whole.
     """
 
     READ_AHEAD = 2
@@ -163,39 +228,54 @@ class ShardUpdater:
         self._engine = engine
         self._records = records
         self._num_workers = max(1, num_workers)
-        self._workers = ThreadPoolExecutor(self._num_workers, thread_name_prefix="fuyou-adam")
+        self._workers = concurrent.futures.ThreadPoolExecutor(self._num_workers, "fuyou-adam")
         self._record = record or (lambda *_: None)
-        self._queue: collections.deque[UpdateJob | _Barrier] = collections.deque()
+        self._queue: collections.deque[UpdateJob | Barrier] = collections.deque()
         self._wake = threading.Condition()
         self._closing = False
-        self._broken: BaseException | None = None
+        self._error: BaseException | None = None
+        # Of the pipeline's thread alone: jobs since the last barrier, and where it stands in the newest.
         self._unfinished: list[UpdateJob] = []
         self._chunks: Iterator[tuple[UpdateJob, int]] = iter(())
+        self._next: tuple[UpdateJob, int] | None = None
+        # A daemon: a program that forgot close() must still end; what it loses was never committed.
         self._thread = threading.Thread(target=self._run, name="fuyou-optimizer", daemon=True)
         self._thread.start()
 
-    # --- the caller's side -------------------------------------------------------------------------------------
+    # --- the caller's side ---------------------------------------------------------------------------------
 
     def submit(self, job: UpdateJob) -> None:
-        """Queue a job; returns at once."""
+        """Queue a job; returns at once. RuntimeError after close: the job's `on_done` is then not called."""
         self._put(job)
 
-    def submit_barrier(self, call: Callable[[], None]) -> _Barrier:
-        """Queue `call` behind everything submitted so far; its `wait()` raises what `call` raised."""
-        barrier = _Barrier(call)
+    def submit_barrier(self, call: Callable[[], None]) -> Barrier:
+        """Queue `call` behind everything submitted so far; returns at once. RuntimeError after close."""
+        barrier = Barrier(call)
         self._put(barrier)
         return barrier
 
-    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        """`[function(item) for item in items]` on the workers; blocks."""
+    def map(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+        """`[function(item) for item in items]` on the workers; blocks until all have ended, failed or not."""
         if self._num_workers == 1 or len(items) < 2:
             return [function(item) for item in items]
-        return list(self._workers.map(function, items))
+        futures: list[concurrent.futures.Future[_Result]] = []
+        try:
+            for item in items:
+                futures.append(self._workers.submit(function, item))
+        finally:
+            # Whatever was raised: no worker may still write into memory that the caller is about to release.
+            concurrent.futures.wait(futures)
+        return [future.result() for future in futures]
 
     @property
     def error(self) -> BaseException | None:
         """The failure after which nothing more is committed, or None."""
-        return self._broken
+        return self._error
+
+    def fail(self, error: BaseException) -> None:
+        """Let every job and barrier from here on fail with `error`, unless something failed before."""
+        with self._wake:
+            self._error = self._error or error.with_traceback(None)
 
     def close(self) -> None:
         """Finish what is queued, stop the threads. Idempotent."""
@@ -205,14 +285,14 @@ class ShardUpdater:
         self._thread.join()
         self._workers.shutdown()
 
-    def _put(self, item: UpdateJob | _Barrier) -> None:
+    def _put(self, item: UpdateJob | Barrier) -> None:
         with self._wake:
             if self._closing:
                 raise RuntimeError("the optimizer is closed: open the model again to go on training")
             self._queue.append(item)
             self._wake.notify_all()
 
-    # --- the pipeline's side -----------------------------------------------------------------------------------
+    # --- the pipeline's side -------------------------------------------------------------------------------
 
     def _run(self) -> None:
         reading: collections.deque[_Chunk] = collections.deque()
@@ -226,26 +306,38 @@ class ShardUpdater:
                     self._wake.wait()
                 if not self._queue:
                     return
-                barrier = self._queue[0] if isinstance(self._queue[0], _Barrier) else None
-                if barrier is not None:
-                    self._queue.popleft()
-            if barrier is not None:
+                barrier = self._queue.popleft() if isinstance(self._queue[0], Barrier) else None
+            if isinstance(barrier, Barrier):
                 self._run_barrier(barrier)
 
-    def _run_barrier(self, barrier: _Barrier) -> None:
-        for job in self._unfinished:
+    def _run_barrier(self, barrier: Barrier) -> None:
+        unfinished, self._unfinished = self._unfinished, []
+        for job in unfinished:
             job.done.wait()
             if job.error is not None:
-                self._broken = self._broken or job.error
-        self._unfinished.clear()
-        try:
-            if self._broken is not None:
-                raise self._broken
-            barrier.call()
-        except BaseException as error:  # handed to whoever waits, on the thread that can act on it
-            self._broken = self._broken or error
-            barrier.error = error
-        barrier.done.set()
+                self.fail(job.error)
+        error = self._error
+        if error is None:
+            try:
+                barrier.run()
+            except BaseException as raised:  # handed to whoever waits, on the thread that can act on it
+                self.fail(raised)
+                error = raised
+        barrier.end(error)
+
+    def _start_reads(self, reading: collections.deque[_Chunk]) -> None:
+        """Keep up to READ_AHEAD records on their way into memory."""
+        while len(reading) < self.READ_AHEAD:
+            self._next = self._next or self._next_chunk()
+            if self._next is None:
+                return
+            # Only with nothing in `reading` does it wait for a buffer: the others are then being written and
+            # come back by themselves, so that it cannot lock up however small the pool is.
+            chunk = self._start_chunk(*self._next, block=not reading)
+            if chunk is None:
+                return
+            self._next = None
+            reading.append(chunk)
 
     def _next_chunk(self) -> tuple[UpdateJob, int] | None:
         """The next record of the jobs at the head of the queue; None at a barrier or when there is none."""
@@ -254,154 +346,138 @@ class ShardUpdater:
             if chunk is not None:
                 return chunk
             with self._wake:
-                if not self._queue or isinstance(self._queue[0], _Barrier):
+                if not self._queue or isinstance(self._queue[0], Barrier):
                     return None
                 job = self._queue.popleft()
             assert isinstance(job, UpdateJob)
             self._unfinished.append(job)
-            if self._broken is not None:
-                job._fail(self._broken)
-                job._close_write()
+            if self._error is not None:
+                job.fail(self._error)
+                # The caller gets its buffers back only when nothing is being read into them any more.
+                _wait_all(job.inputs.wait_before, job)
+                job.close_one()
                 continue
             self._chunks = iter([(job, index) for index in range(job.layout.num_chunks)])
 
-    def _start_reads(self, reading: collections.deque[_Chunk]) -> None:
-        """Keep up to READ_AHEAD records on their way into memory."""
-        while len(reading) < self.READ_AHEAD:
-            following = self._next_chunk()
-            if following is None:
-                return
-            job, index = following
-            # Waiting here for a buffer cannot lock up: buffers that are not in `reading` are being written and come
-            # back by themselves; those in `reading` are at most READ_AHEAD - 1, and the ring has more.
-            reading.append(self._start_chunk(job, index))
-
-    def _start_chunk(self, job: UpdateJob, index: int) -> _Chunk:
-        layout = job.layout
+    def _start_chunk(self, job: UpdateJob, index: int, *, block: bool) -> _Chunk | None:
+        """Start to read a record; None if `block` is False and there is no buffer for it now."""
+        layout, inputs = job.layout, job.inputs
         offset, num_bytes = layout.state_range(index)
         start, stop = layout.chunk_range(index)
-        transfers: list[Transfer] = list(job.wait_before) if index == 0 else []
         gradient_offset, gradient_bytes = layout.gradient_range(index)
-        buffer: Buffer | None = None
-        resident = job.resident_state
-        spilled = gradient_bytes if job.gradient is None else 0
+        resident = inputs.resident_state
+        spilled_bytes = gradient_bytes if inputs.gradient is None else 0
+        staged_bytes = spilled_bytes if resident is not None else num_bytes + spilled_bytes
+        nothing = np.empty(0, np.uint8)
+        chunk = _Chunk(job, index, nothing, None, nothing.view(np.float32), [])
+        if index == 0:
+            chunk.transfers += inputs.wait_before
         try:
+            if staged_bytes:
+                chunk.buffer = self._records.acquire(staged_bytes, block=block)
             if resident is not None:
-                record = resident.buffer.array[offset : offset + num_bytes]
-                if spilled:
-                    buffer = self._records.acquire(spilled)
+                chunk.record = resident.buffer.array[offset : offset + num_bytes]
             else:
-                buffer = self._records.acquire(num_bytes + spilled)
-                record = buffer.array[:num_bytes]
+                assert chunk.buffer is not None
+                chunk.record = chunk.buffer.array[:num_bytes]
             if resident is None or not resident.filled:
-                transfers.append(self._engine.read(job.state_from.sub(offset, num_bytes), record))
-            if job.gradient is not None:
-                gradient = job.gradient[start:stop]
-            else:
-                assert buffer is not None and job.gradient_extent is not None
-                staging = buffer.array[-spilled:]
-                transfers.append(
-                    self._engine.read(job.gradient_extent.sub(gradient_offset, gradient_bytes), staging)
+                chunk.transfers.append(
+                    self._engine.read(inputs.state_from.sub(offset, num_bytes), chunk.record)
                 )
-                gradient = staging.view(np.float32)[: stop - start]
+            if inputs.gradient is not None:
+                chunk.gradient = inputs.gradient[start:stop]
+            else:
+                assert chunk.buffer is not None
+                assert inputs.gradient_extent is not None
+                staging = chunk.buffer.array[staged_bytes - spilled_bytes : staged_bytes]
+                piece = inputs.gradient_extent.sub(gradient_offset, gradient_bytes)
+                chunk.transfers.append(self._engine.read(piece, staging))
+                chunk.gradient = staging.view(np.float32)[: stop - start]
         except BaseException as error:
-            job._fail(error)
-            record, gradient = np.empty(0, np.uint8), np.empty(0, np.float32)
-        return _Chunk(job, index, record, buffer, gradient, transfers, index == layout.num_chunks - 1)
+            if isinstance(error, BudgetError) and not block:
+                return None
+            job.fail(error)
+        return chunk
 
     def _update(self, chunk: _Chunk) -> None:
         job = chunk.job
-        writes: list[Transfer] = []
-        for transfer in chunk.transfers:
-            # Every one is waited for, whatever the others did: the record goes back to the ring below, and nothing
-            # may still be reading into it then.
-            try:
-                transfer.wait()
-            except BaseException as error:
-                job._fail(error)
+        last = chunk.index == job.layout.num_chunks - 1
+        # Every one is waited for, whatever the others did: the record goes back to the pool below, and
+        # nothing may still be reading into it then.
+        _wait_all(chunk.transfers, job)
+        # The record goes back when its last byte is on the drive, not before: a read into it would change
+        # what is still being written.
+        shared = _SharedBuffer(chunk.buffer)
+        resident = job.inputs.resident_state
         try:
             if job.error is None:
                 self._compute(chunk)
-                writes = self._start_writes(chunk)
+                self._start_writes(chunk, shared)
         except BaseException as error:
-            job._fail(error)
-        self._broken = self._broken or job.error
-        if chunk.last and job.error is None:
-            if job.resident_state is not None:
-                job.resident_state.filled = True
+            job.fail(error)
+        if job.error is not None:
+            self.fail(job.error)
+            if resident is not None:
+                resident.filled = False
+        elif last:
+            if resident is not None:
+                resident.filled = True
             job.weights_ready.set()
-        # The record goes back to the ring when its last byte is on the drive, not before: a read into it would
-        # change what is still being written.
-        open_writes = _Countdown(len(writes), chunk.buffer)
-        for transfer in writes:
-            transfer.add_done_callback(lambda t: self._written(job, t, open_writes))
-        if not writes:
-            open_writes.release_now()
-        if chunk.last:
-            job._close_write()
+        shared.close_one()
+        if last:
+            job.close_one()
 
-    def _written(self, job: UpdateJob, transfer: Transfer, open_writes: _Countdown) -> None:
-        try:
-            transfer.wait()
-        except BaseException as error:
-            job._fail(error)
-        open_writes.one_done()
-        job._close_write()
-
-    def _start_writes(self, chunk: _Chunk) -> list[Transfer]:
-        job, layout = chunk.job, chunk.job.layout
+    def _start_writes(self, chunk: _Chunk, shared: _SharedBuffer) -> None:
+        job, layout, inputs = chunk.job, chunk.job.layout, chunk.job.inputs
         offset, num_bytes = layout.weight_range(chunk.index)
-        weights = job.weights[offset : offset + num_bytes]
+        weights = inputs.weights[offset : offset + num_bytes]
         state_offset, state_bytes = layout.state_range(chunk.index)
         started = time.perf_counter()
         # Hashed here, while the chunk is still in cache.
         state_digest, weight_digest = self.map(piece_digest, [chunk.record, weights])
-        job._digests["state"].append(state_digest)
-        job._digests["weight"].append(weight_digest)
+        job.add_digests(state_digest, weight_digest)
         self._record("cpu", f"checksum {layout.name}", started, time.perf_counter(), num_bytes + state_bytes)
-        writes = []
+
+        def written(transfer: Transfer) -> None:
+            if transfer.error is not None:
+                job.fail(transfer.error)
+            shared.close_one()
+            job.close_one()
+
         for extent, array in (
-            (job.state_to.sub(state_offset, state_bytes), chunk.record),
-            (job.weight_to.sub(offset, num_bytes), weights),
+            (inputs.state_to.sub(state_offset, state_bytes), chunk.record),
+            (inputs.weight_to.sub(offset, num_bytes), weights),
         ):
-            job._open_writes(1)
+            shared.open_one()
+            job.open_one()
             try:
-                writes.append(self._engine.write(extent, array))
+                transfer = self._engine.write(extent, array)
             except BaseException:
-                job._close_write()
+                shared.close_one()
+                job.close_one()
                 raise
-        return writes
+            transfer.add_done_callback(written)
 
     def _compute(self, chunk: _Chunk) -> None:
-        job, layout = chunk.job, chunk.job.layout
+        job, layout, inputs = chunk.job, chunk.job.layout, chunk.job.inputs
         started = time.perf_counter()
         begin, end = layout.chunk_range(chunk.index)
         views = layout.views(chunk.record, chunk.index)
-        weight_type = np.uint16 if layout.compute_dtype == "bfloat16" else np.float32
-        weights = job.weights.view(weight_type)
 
         def update(tile: tuple[str, int, int]) -> int:
             name, a, b = tile
             local = slice(a - begin, b - begin)
-            gradient, scalars = chunk.gradient[local], job.scalars[name]
+            m, v, gradient = views.m[local], views.v[local], chunk.gradient[local]
+            scalars, scale = inputs.scalars[name], inputs.gradient_scale
             if views.low is None:
-                return adamw_float32(
-                    weights[a:b], views.m[local], views.v[local], gradient, scalars, job.gradient_scale
-                )
-            return adamw_split(
-                weights[a:b],
-                views.low[local],
-                views.m[local],
-                views.v[local],
-                gradient,
-                scalars,
-                job.gradient_scale,
-            )
+                return adamw_float32(inputs.weights.view(np.float32)[a:b], m, v, gradient, scalars, scale)
+            high = inputs.weights.view(np.uint16)[a:b]
+            return adamw_split(high, views.low[local], m, v, gradient, scalars, scale)
 
         tiles = [
             (p.name, a, min(a + TILE_ELEMENTS, p.stop, end))
             for p in layout.parameters
-            if p.name in job.scalars and p.start < end and p.stop > begin
+            if p.name in inputs.scalars and p.start < end and p.stop > begin
             for a in range(max(p.start, begin), min(p.stop, end), TILE_ELEMENTS)
         ]
         for tile, num_refused in zip(tiles, self.map(update, tiles), strict=True):
@@ -410,19 +486,10 @@ class ShardUpdater:
         self._record("cpu", f"adam {layout.name}", started, time.perf_counter(), chunk.record.nbytes)
 
 
-class _Countdown:
-    """Releases a buffer when the last of `count` writes from it has ended."""
-
-    def __init__(self, count: int, buffer: Buffer | None) -> None:
-        self._count, self._buffer, self._lock = count, buffer, threading.Lock()
-
-    def one_done(self) -> None:
-        with self._lock:
-            self._count -= 1
-            last = self._count == 0
-        if last:
-            self.release_now()
-
-    def release_now(self) -> None:
-        if self._buffer is not None:
-            self._buffer.release()
+def _wait_all(transfers: Sequence[Transfer], job: UpdateJob) -> None:
+    """Block until all have ended; the first error becomes the job's."""
+    for transfer in transfers:
+        try:
+            transfer.wait()
+        except BaseException as error:
+            job.fail(error)

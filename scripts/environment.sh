@@ -29,7 +29,7 @@ use_environment() {
 }
 
 pip_install() {
-    "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"
+    "$python" -m pip install -qq --disable-pip-version-check -c constraints.txt "$@"
 }
 
 # use_active_environment: true, with $python set, if the active environment has this checkout's fuyou already.

@@ -30,7 +30,7 @@ NUM_TRAIN_PAIRS = 747
 ROWS_PER_STEP = 2
 NUM_STEPS = 60
 MAX_LENGTH = 256
-LEARNING_RATE = 5e-5
+LEARNING_RATE = 1e-4
 LIMIT_LOSS_AFTER = 2.80
 SAMPLED_QUESTION = "What does json.dumps do?"
 
@@ -134,7 +134,7 @@ def _write_data(work: Path, tokenizer: Any) -> tuple[list[Pair], list[Pair]]:
     fitting = [p for p in docstring_pairs() if len(_row(tokenizer, p)[0]) <= MAX_LENGTH]
     if len(fitting) < NUM_HELD_OUT_PAIRS + NUM_TRAIN_PAIRS:
         sys.exit(
-            f"quickstart: only {len(fitting)} docstrings in {sys.prefix}: is this a Python without them (-OO)?"
+            f"quickstart: only {len(fitting)} docstrings in {sys.prefix}: is this Python without them (-OO)?"
         )
     held_out = fitting[:NUM_HELD_OUT_PAIRS]
     train = fitting[NUM_HELD_OUT_PAIRS : NUM_HELD_OUT_PAIRS + NUM_TRAIN_PAIRS]

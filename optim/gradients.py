@@ -1,0 +1,289 @@
+"""Gradients on their way from the backward pass to their updates: summed, measured, held or spilled."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import numpy.typing as npt
+
+from io_engine import BudgetError, Buffer, BufferPool, Engine, Extent, Store
+from optim.layout import ParameterSlot, ShardLayout
+from optim.norm import TILE_ELEMENTS, parameter_sum, tile_sums
+from optim.updater import Recorder, ShardUpdater
+
+_PIECE_ELEMENTS = 32 * TILE_ELEMENTS
+"""Elements that one worker measures at a time: 8 MiB, so that workers share a large parameter evenly."""
+
+_PATIENCE_SECONDS = 0.5
+"""How long to wait for a buffer before looking whether one can come at all."""
+
+
+class ShardGradient:
+    """The float32 gradient of one shard while it is being summed: flat, host memory, padding undefined.
+
+    `arrived` names the parameters that have a gradient; the others' elements are undefined.
+    """
+
+    def __init__(self, layout: ShardLayout, buffer: Buffer) -> None:
+        self.layout = layout
+        self.buffer = buffer
+        self.array: npt.NDArray[np.float32] = buffer.array[: layout.gradient_bytes].view(np.float32)
+        self.arrived: set[str] = set()
+
+
+@dataclasses.dataclass
+class HeldGradient:
+    """A whole gradient waiting for `step()` or for its update: in memory, or spilled to `extent`.
+
+    Both are None once an update owns it.
+    """
+
+    layout: ShardLayout
+    gradient: ShardGradient | None
+    extent: Extent | None
+    arrived: frozenset[str]
+    sums: dict[str, float]
+    """Sum of squares of each parameter's gradient, as `optim.norm` defines it."""
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether no element is NaN or infinite."""
+        return all(math.isfinite(value) for value in self.sums.values())
+
+    def release(self) -> None:
+        """Give its buffer back, if it has one."""
+        gradient, self.gradient = self.gradient, None
+        if gradient is not None:
+            gradient.buffer.release()
+
+
+class GradientIntake:
+    """Takes whole gradients in, in order, on a thread of its own.
+
+    `held` maps shards to what the backward passes since the last `take_all` left; read it after `finish`.
+    After a failure nothing more is taken in, and `finish` raises it: a gradient is missing then.
+    """
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        store: Store,
+        gradients: BufferPool,
+        records: BufferPool,
+        updater: ShardUpdater,
+        spilled: frozenset[str],
+        record: Recorder,
+    ) -> None:
+        self._engine, self._store = engine, store
+        self._gradients, self._records, self._updater = gradients, records, updater
+        self._spilled = spilled
+        self._record = record
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="fuyou-gradient")
+        self._closed = False
+        self._extents: dict[str, Extent] = {}
+        self._num_submitted = 0  # counted by the thread that submits, and by the one that takes in
+        self._num_taken_in = 0
+        self.held: dict[str, HeldGradient] = {}
+        self.bytes_spilled = 0
+        """Bytes written to scratch files since the last `take_all`."""
+        self.error: BaseException | None = None
+
+    # --- the caller's side ---------------------------------------------------------------------------------
+
+    def acquire(self, layout: ShardLayout, updates_are_done: Callable[[], bool]) -> ShardGradient:
+        """An empty gradient; blocks while the pool is used up.
+
+        BudgetError if it is and no buffer can come back: nothing is being taken in, and
+        `updates_are_done()` says that no update holds one. Raises what went wrong in the background.
+        """
+        while True:
+            # Asked before the attempt: what comes back in between, the attempt finds.
+            idle = self._num_submitted == self._num_taken_in and updates_are_done()
+            self._raise_if_failed()
+            if self._updater.error is not None:
+                raise self._updater.error.with_traceback(None)
+            try:
+                if idle:
+                    return ShardGradient(layout, self._gradients.acquire(layout.gradient_bytes, block=False))
+                return ShardGradient(
+                    layout,
+                    self._gradients.acquire(layout.gradient_bytes, timeout_seconds=_PATIENCE_SECONDS),
+                )
+            except TimeoutError:
+                continue
+            except BudgetError as error:
+                raise BudgetError(
+                    f"no memory for the gradient of {layout.name}: {error}. All of it holds gradients that "
+                    "wait for optimizer.step(); give a larger host_memory, or plan to spill more gradients"
+                ) from None
+
+    def submit(
+        self,
+        gradient: ShardGradient,
+        *,
+        wait: Callable[[], None],
+        then: Callable[[HeldGradient], None] | None,
+        on_unused: Callable[[], None] | None,
+    ) -> None:
+        """Take `gradient` in once `wait()` has returned, then call `then`; returns at once.
+
+        The buffer is the intake's from here on. `on_unused` is called instead of `then`, or when that raised:
+        after a failure, and when no parameter got a gradient.
+        """
+        self._num_submitted += 1
+        try:
+            self._thread.submit(self._take_in, gradient, wait, then, on_unused)
+        except BaseException:
+            self._num_submitted -= 1
+            raise
+
+    def finish(self) -> None:
+        """Block until everything submitted is taken in; raises what went wrong."""
+        if not self._closed:
+            # Behind everything else on the only thread, also what an interrupted caller lost track of.
+            self._thread.submit(int).result()
+        self._raise_if_failed()
+
+    def take_all(self) -> dict[str, HeldGradient]:
+        """Everything held, which is the caller's from here on; `finish` first."""
+        held, self.held = self.held, {}
+        self.bytes_spilled = 0
+        return held
+
+    def close(self) -> None:
+        """Take in what is submitted, stop the thread, give the buffers back. Idempotent."""
+        self._closed = True
+        self._thread.shutdown()
+        while self.held:
+            self.held.popitem()[1].release()
+
+    def _raise_if_failed(self) -> None:
+        if self.error is not None:
+            raise self.error.with_traceback(None)
+
+    # --- the thread's side ---------------------------------------------------------------------------------
+
+    def _take_in(
+        self,
+        gradient: ShardGradient,
+        wait: Callable[[], None],
+        then: Callable[[HeldGradient], None] | None,
+        on_unused: Callable[[], None] | None,
+    ) -> None:
+        is_mine = True
+        try:
+            # Waited for even after a failure: the buffer goes back, and nothing may still be copied into it.
+            wait()
+            self._raise_if_failed()
+            layout = gradient.layout
+            if not gradient.arrived:
+                is_mine = False
+                gradient.buffer.release()
+                if on_unused is not None:
+                    on_unused()
+                return
+            earlier = self.held.get(layout.name)
+            if earlier is not None:
+                self._add_earlier(earlier, gradient)
+            held = HeldGradient(
+                layout, gradient, None, frozenset(gradient.arrived), self._sums_of_squares(gradient)
+            )
+            if earlier is not None:
+                earlier.release()
+            self.held[layout.name], is_mine = held, False
+            if layout.name in self._spilled:
+                self._spill(held)
+            if then is not None:
+                then(held)
+        except BaseException as error:  # handed to whoever calls `finish`
+            # Without the frames, which would keep arrays of released buffers alive.
+            self.error = self.error or error.with_traceback(None)
+            if is_mine:
+                gradient.buffer.release()
+            if on_unused is not None:
+                on_unused()
+        finally:
+            self._num_taken_in += 1
+
+    def _add_earlier(self, earlier: HeldGradient, gradient: ShardGradient) -> None:
+        """gradient := earlier + gradient, by parameter, where both have one; else whichever there is.
+
+        A spilled one comes through buffers of the records' pool, which return by themselves: all buffers of
+        the gradients' pool may be waiting in line behind this one.
+        """
+        layout = gradient.layout
+        if earlier.gradient is not None:
+            self._add_range(layout, gradient, earlier.arrived, earlier.gradient.array, 0)
+        else:
+            assert earlier.extent is not None
+            for chunk in range(layout.num_chunks):
+                offset, num_bytes = layout.gradient_range(chunk)
+                with self._records.acquire(num_bytes) as staging:
+                    array = staging.array[:num_bytes]
+                    self._engine.read(earlier.extent.sub(offset, num_bytes), array).wait()
+                    self._add_range(
+                        layout,
+                        gradient,
+                        earlier.arrived,
+                        array.view(np.float32),
+                        layout.chunk_range(chunk)[0],
+                    )
+        gradient.arrived |= earlier.arrived
+
+    def _add_range(
+        self,
+        layout: ShardLayout,
+        gradient: ShardGradient,
+        arrived: frozenset[str],
+        values: npt.NDArray[np.float32],
+        begin: int,
+    ) -> None:
+        """Add `values`, elements `begin` and following of an earlier gradient of the parameters `arrived`."""
+        for p in layout.parameters:
+            a, b = max(p.start, begin), min(p.stop, begin + len(values))
+            if p.name not in arrived or a >= b:
+                continue
+            if p.name in gradient.arrived:
+                gradient.array[a:b] += values[a - begin : b - begin]
+            else:
+                gradient.array[a:b] = values[a - begin : b - begin]
+
+    def _sums_of_squares(self, gradient: ShardGradient) -> dict[str, float]:
+        started = time.perf_counter()
+        pieces: list[tuple[ParameterSlot, int]] = [
+            (p, start)
+            for p in gradient.layout.parameters
+            if p.name in gradient.arrived
+            for start in range(p.start, p.stop, _PIECE_ELEMENTS)
+        ]
+        sums = self._updater.map(
+            lambda piece: tile_sums(
+                gradient.array[piece[1] : min(piece[1] + _PIECE_ELEMENTS, piece[0].stop)]
+            ),
+            pieces,
+        )
+        tiles: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in gradient.arrived}
+        for (p, _start), piece_sums in zip(pieces, sums, strict=True):
+            tiles[p.name].append(piece_sums)
+        self._record(
+            "cpu", f"norm {gradient.layout.name}", started, time.perf_counter(), gradient.array.nbytes
+        )
+        return {name: parameter_sum(np.concatenate(t)) if t else 0.0 for name, t in tiles.items()}
+
+    def _spill(self, held: HeldGradient) -> None:
+        layout, gradient = held.layout, held.gradient
+        assert gradient is not None
+        extent = self._extents.get(layout.name)
+        if extent is None:  # asked for once: the store answers only between commits
+            extent = self._store.scratch(f"{layout.name}/gradient", layout.gradient_bytes)
+            self._extents[layout.name] = extent
+        self._engine.write(extent, gradient.buffer.array[: layout.gradient_bytes]).wait()
+        self.bytes_spilled += layout.gradient_bytes
+        held.extent = extent
+        held.release()

@@ -1,0 +1,222 @@
+"""An unmodified `transformers.Trainer` over a streamed model, next to the same Trainer over the plain model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import fuyou
+from tests.tiny_models import tiny_batches, tiny_model_config
+
+# Renamed between releases of transformers.
+CHECKPOINTING = next(
+    f.name
+    for f in dataclasses.fields(TrainingArguments)
+    if f.name in ("activation_checkpointing", "gradient_checkpointing")
+)
+BATCH_SIZE, ACCUMULATION, NUM_STEPS = 2, 4, 4
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Rows of padded tiny batches."""
+
+    def __init__(self, config: Any, num_rows: int, seed: int) -> None:
+        self._rows = tiny_batches(config, 1, num_rows, batch_size=1, seed=seed)[0]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {key: value[0] for key, value in self._rows[index].items()}
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": BATCH_SIZE,
+        "per_device_eval_batch_size": BATCH_SIZE,
+        "gradient_accumulation_steps": ACCUMULATION,
+        "max_steps": NUM_STEPS,
+        "max_grad_norm": 0.5,
+        "warmup_steps": 2,
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "cosine",
+        "weight_decay": 0.1,
+        "logging_steps": 1,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(**options | changes)
+
+
+def streamed(config: Any, folder: Path, **options: Any) -> Any:
+    # Dropout off: Trainer draws other masks than the vertical schedule, which seeds each micro-batch.
+    config.attention_dropout = 0.0
+    offload = fuyou.OffloadConfig(
+        store=folder / "store", device="cpu", compute_dtype="float32", host_memory="128MiB", **options
+    )
+    return fuyou.from_config(config, offload=offload, seed=1)
+
+
+def trainer(
+    model: Any, folder: Path, optimizer: Any = None, callbacks: Any = None, **changes: Any
+) -> Trainer:
+    config = model.config
+    return Trainer(
+        model=model,
+        args=arguments(folder, **changes),
+        train_dataset=Rows(config, 40, seed=5),
+        eval_dataset=Rows(config, 6, seed=6),
+        optimizers=(optimizer, None),
+        callbacks=callbacks,
+    )
+
+
+def history(made: Trainer, key: str) -> list[float]:
+    return [entry[key] for entry in made.state.log_history if key in entry]
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3_moe"])
+def test_equals_plain_trainer(name: str, tmp_path: Path) -> None:
+    """Losses, norms before clipping, learning rates and evaluation losses, and the weights that are saved."""
+    model = streamed(tiny_model_config(name), tmp_path)
+    model.save_pretrained(tmp_path / "start")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype=torch.float32)
+    expected = trainer(plain, tmp_path / "plain")
+    expected.train()
+    optimizer = fuyou.AdamW(model, lr=2e-3, weight_decay=0.1, max_grad_norm=0.5, param_groups=_groups(model))
+    with model.fuyou:
+        made = trainer(model, tmp_path / "out", optimizer, [fuyou.FuyouCallback()])
+        made.train()
+        assert model.fuyou.committed_step == NUM_STEPS
+        assert made.args.max_grad_norm == 0.5
+        for key in ("loss", "eval_loss", "grad_norm", "learning_rate"):
+            assert history(made, key) == pytest.approx(history(expected, key), rel=2e-5), key
+        assert len(history(made, "grad_norm")) == NUM_STEPS
+        assert min(history(expected, "grad_norm")) > 0.5  # clipping was at work
+        model.save_pretrained(tmp_path / "end")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "end", dtype="auto")
+    for (parameter_name, parameter), wanted in zip(
+        exported.named_parameters(), plain.parameters(), strict=True
+    ):
+        torch.testing.assert_close(parameter, wanted, rtol=1e-3, atol=2e-6, msg=parameter_name)
+
+
+def _groups(model: Any) -> list[dict[str, Any]]:
+    """Trainer's own groups: no decay for norms and biases."""
+    decayed = [p for n, p in model.named_parameters() if "norm" not in n and "bias" not in n]
+    others = [p for n, p in model.named_parameters() if "norm" in n or "bias" in n]
+    return [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+
+
+@pytest.fixture(name="model")
+def _model(tmp_path: Path) -> Iterator[Any]:
+    model = streamed(tiny_model_config("llama"), tmp_path)
+    yield model
+    model.fuyou.abandon()
+
+
+def test_without_the_callback_clipping_is_not_lost_silently(model: Any, tmp_path: Path) -> None:
+    """max_grad_norm is 1.0 by default in Trainer, and would clip nothing."""
+    optimizer = fuyou.AdamW(model, max_grad_norm=0.5)
+    with pytest.raises(fuyou.ModelError, match="FuyouCallback"):
+        trainer(model, tmp_path / "out", optimizer).train()
+    assert model.fuyou.committed_step == 0
+
+
+def test_clip_grad_norm_is_refused(model: Any) -> None:
+    """The plain loop's clipping would find no gradients."""
+    fuyou.AdamW(model)
+    with pytest.raises(fuyou.ModelError, match="max_grad_norm"):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    model.requires_grad_(False)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fp16": True}, "fp16"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor"),
+        ({CHECKPOINTING: True}, "checkpointing"),
+        ({"max_grad_norm": 1.0}, "without clipping"),
+    ],
+)
+def test_refused_arguments(model: Any, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    """What would silently compute something else ends in one sentence."""
+    optimizer = fuyou.AdamW(model)
+    changes = {"max_grad_norm": 0.0} | changes
+    with pytest.raises(fuyou.FuyouError, match=message):
+        trainer(model, tmp_path / "out", optimizer, [fuyou.FuyouCallback()], **changes).train()
+
+
+def test_wrong_optimizer_and_model_are_refused(model: Any, tmp_path: Path) -> None:
+    """Trainer's own optimizer has nothing to update."""
+    with pytest.raises(fuyou.ConfigError, match="own optimizer"):
+        trainer(model, tmp_path / "out", None, [fuyou.FuyouCallback()]).train()
+    plain = AutoModelForCausalLM.from_config(tiny_model_config("llama"))
+    with pytest.raises(fuyou.ConfigError, match=r"fuyou\.from_pretrained"):
+        trainer(plain, tmp_path / "out", None, [fuyou.FuyouCallback()]).train()
+
+
+def test_checkpoints_while_training_are_plain_models(model: Any, tmp_path: Path) -> None:
+    """save_strategy="steps" exports the weights of its step; no clipping: updates run during backward."""
+    optimizer = fuyou.AdamW(model)
+    made = trainer(
+        model,
+        tmp_path / "out",
+        optimizer,
+        [fuyou.FuyouCallback()],
+        max_grad_norm=0.0,
+        save_strategy="steps",
+        save_steps=2,
+        max_steps=2,
+        eval_strategy="no",
+    )
+    made.train()
+    assert model.fuyou.plan.update_window == "backward"
+    model.save_pretrained(tmp_path / "end")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-2", dtype="auto")
+    final = AutoModelForCausalLM.from_pretrained(tmp_path / "end", dtype="auto")
+    assert all(torch.equal(a, b) for a, b in zip(saved.parameters(), final.parameters(), strict=True))
+
+
+def test_bfloat16_autocast(tmp_path: Path) -> None:
+    """bf16=True over float32 weights gives the plain Trainer's losses."""
+    model = streamed(tiny_model_config("llama"), tmp_path)
+    model.save_pretrained(tmp_path / "start")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype=torch.float32)
+    changes: dict[str, Any] = {
+        "bf16": True,
+        "max_steps": 2,
+        "gradient_accumulation_steps": 2,
+        "eval_strategy": "no",
+        "weight_decay": 0.0,
+    }
+    expected = trainer(plain, tmp_path / "plain", **changes)
+    expected.train()
+    optimizer = fuyou.AdamW(model, lr=2e-3, weight_decay=0.0, max_grad_norm=0.5)
+    with model.fuyou:
+        made = trainer(model, tmp_path / "out", optimizer, [fuyou.FuyouCallback()], **changes)
+        made.train()
+    assert history(made, "loss") == pytest.approx(history(expected, "loss"), rel=1e-5)
+    assert history(made, "grad_norm") == pytest.approx(history(expected, "grad_norm"), rel=1e-3)

@@ -1,0 +1,1154 @@
+"""OffloadedAdamW driven directly: the bits of plain torch, whatever window, place and order; and what goes wrong.
+
+`LazyDrive` ends no transfer before everybody waits for it and `GarbagePool` overwrites what is released, so that
+a missing wait gives wrong bytes every time.
+"""
+
+from __future__ import annotations
+
+import copy
+import errno
+import gc
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+
+from io_engine import BudgetError, Engine, PosixEngine, Store
+from optim import NonFiniteUpdateError, OffloadedAdamW, StepResult
+from tests.optim.harness import (
+    SHAPES,
+    Gradients,
+    LazyDrive,
+    PlainAdamW,
+    Trainer,
+    initial_masters,
+    random_gradients,
+    within,
+)
+
+pytestmark = pytest.mark.timeout(60)
+
+Window = Literal["backward", "forward"]
+WINDOWS: tuple[Window, ...] = ("backward", "forward")
+ALL = tuple(SHAPES)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["posix", "lazy"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    made: Engine = PosixEngine(2) if request.param == "posix" else LazyDrive()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def lazy() -> Iterator[LazyDrive]:
+    made = LazyDrive()
+    yield made
+    made.close()
+
+
+def without(gradients: Gradients, *names: str) -> Gradients:
+    return {name: value for name, value in gradients.items() if name not in names}
+
+
+# --- the bits -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("resident", [(), ("layers.0", "epilogue")])
+@pytest.mark.parametrize(
+    ("window", "spilled"),
+    [("backward", ()), ("forward", ()), ("forward", ALL), ("forward", ("layers.0", "prologue"))],
+)
+def test_same_bits_as_torch(
+    window: Window,
+    spilled: tuple[str, ...],
+    resident: tuple[str, ...],
+    dtype: str,
+    engine: Engine,
+    tmp_path: Path,
+) -> None:
+    """Two groups, a schedule, absent gradients, whole shards absent, and gradients thrown away."""
+    trainer = Trainer(tmp_path / "s", engine, window=window, spilled=spilled, resident=resident, dtype=dtype)
+    plain = PlainAdamW(initial_masters())
+    schedulers = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda n: 0.9**n, lambda n: 1 / (n + 1)])
+        for optimizer in (trainer.optimizer, plain.optimizer)
+    ]
+    for step in range(6):
+        gradients = random_gradients(step)
+        if step in (1, 2):
+            gradients = without(gradients, "l0.bias", "l1.weight")
+        if step == 3:
+            gradients = without(gradients, "embed", "norm")
+        if step == 4:  # thrown away
+            trainer.forward()
+            trainer.backward(random_gradients(99))
+            trainer.optimizer.zero_grad()
+        trainer.train(gradients)
+        norm = plain.step(gradients)
+        assert trainer.optimizer.last_step == StepResult(
+            step + 1,
+            norm,
+            False,
+            None,
+            sum(trainer.layouts[s].gradient_bytes for s in _hit(gradients, spilled)),
+        )
+        for scheduler in schedulers:
+            scheduler.step()
+        if step in (0, 3):
+            trainer.check(plain)
+    trainer.optimizer.flush()
+    assert trainer.store.step == 6
+    trainer.check(plain)
+    trainer.close()
+
+
+def _hit(gradients: Gradients, shards: tuple[str, ...]) -> list[str]:
+    return [shard for shard in shards if gradients.keys() & SHAPES[shard].keys()]
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e9, 1e-3, 1.5])
+@pytest.mark.parametrize("spilled", [(), ALL])
+def test_clipping(max_grad_norm: float, spilled: tuple[str, ...], engine: Engine, tmp_path: Path) -> None:
+    """Never, always and sometimes, by the norm's own definition."""
+    trainer = Trainer(tmp_path / "s", engine, window="forward", spilled=spilled, max_grad_norm=max_grad_norm)
+    plain = PlainAdamW(initial_masters(), max_grad_norm)
+    clipped = []
+    for step in range(4):
+        gradients = random_gradients(step, scale=(0.005, 0.02)[step % 2])
+        trainer.train(gradients)
+        norm = plain.step(gradients)
+        result = trainer.optimizer.last_step
+        assert result is not None
+        assert result.grad_norm == norm
+        assert result.clipped == (norm > max_grad_norm)
+        clipped.append(result.clipped)
+    assert clipped == {1e9: [False] * 4, 1e-3: [True] * 4, 1.5: [False, True] * 2}[max_grad_norm]
+    trainer.check(plain)
+    trainer.close()
+
+
+def test_max_grad_norm_may_change_between_steps(lazy: LazyDrive, tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path / "s", lazy, window="forward")
+    plain = PlainAdamW(initial_masters())
+    for step, limit in enumerate((None, 1e-2, None)):
+        trainer.optimizer.max_grad_norm = plain.max_grad_norm = limit
+        assert trainer.optimizer.max_grad_norm == limit
+        trainer.train(random_gradients(step))
+        plain.step(random_gradients(step))
+    trainer.check(plain)
+    trainer.close()
+
+
+@pytest.mark.parametrize("spilled", [(), ALL, ("layers.0",)])
+def test_backward_passes_add_up_until_a_step(
+    spilled: tuple[str, ...], engine: Engine, tmp_path: Path
+) -> None:
+    """Three passes, each with gradients that the others lack; spilled ones come back to be added to."""
+    trainer = Trainer(tmp_path / "s", engine, window="forward", spilled=spilled, max_grad_norm=0.5)
+    plain = PlainAdamW(initial_masters(), 0.5)
+    for step in range(2):
+        parts = [
+            without(random_gradients(10 * step), "l0.bias"),
+            without(random_gradients(10 * step + 1), "l0.weight", "norm"),
+            without(random_gradients(10 * step + 2), "embed"),
+        ]
+        trainer.train(*parts)
+        norm = plain.step(*parts)
+        assert trainer.optimizer.last_step is not None
+        assert trainer.optimizer.last_step.grad_norm == norm
+    trainer.check(plain)
+    trainer.close()
+
+
+def test_gradients_add_up_in_a_pool_of_two_buffers(lazy: LazyDrive, tmp_path: Path) -> None:
+    """Nothing but spilling lets buffers go; adding to what was spilled must not need more of them."""
+    largest = max(
+        layout.gradient_bytes for layout in Trainer(tmp_path / "x", lazy, window="forward").layouts.values()
+    )
+    trainer = Trainer(
+        tmp_path / "s",
+        lazy,
+        window="forward",
+        spilled=ALL,
+        gradient_bytes=2 * (1 << (largest - 1).bit_length()),
+    )
+    plain = PlainAdamW(initial_masters())
+    parts = [random_gradients(1), random_gradients(2)]
+    trainer.train(*parts)
+    plain.step(*parts)
+    trainer.check(plain)
+    trainer.close()
+
+
+def test_norm_before_the_step(lazy: LazyDrive, tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path / "s", lazy, window="forward")
+    assert trainer.optimizer.grad_norm() == 0.0
+    trainer.backward(random_gradients(1))
+    assert trainer.optimizer.grad_norm() == PlainAdamW(initial_masters()).step(random_gradients(1))
+    trainer.close()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("num_records", [1, 2, 8])
+def test_any_number_of_record_buffers(
+    num_records: int, window: Window, engine: Engine, tmp_path: Path
+) -> None:
+    """One buffer must do: read, update, write, one after the other."""
+    trainer = Trainer(tmp_path / "s", engine, window=window, num_records=num_records, num_workers=1)
+    plain = PlainAdamW(initial_masters())
+    for step in range(2):
+        trainer.train(random_gradients(step))
+        plain.step(random_gradients(step))
+    trainer.check(plain)
+    trainer.close()
+
+
+def test_backward_window_with_one_gradient_buffer(engine: Engine, tmp_path: Path) -> None:
+    """The backward pass waits for the update that holds the only buffer."""
+    trainer = Trainer(tmp_path / "s", engine, window="backward", gradient_bytes=1 << 16)
+    plain = PlainAdamW(initial_masters())
+    for step in range(2):
+        trainer.train(random_gradients(step))
+        plain.step(random_gradients(step))
+    trainer.check(plain)
+    trainer.close()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_steps_without_a_forward_pass_between(window: Window, engine: Engine, tmp_path: Path) -> None:
+    """step() begins what the forward pass did not."""
+    trainer = Trainer(tmp_path / "s", engine, window=window)
+    plain = PlainAdamW(initial_masters())
+    for step in range(3):
+        trainer.backward(random_gradients(step))
+        trainer.optimizer.step()
+        plain.step(random_gradients(step))
+    trainer.check(plain)
+    trainer.close()
+
+
+def test_spilled_gradient_is_read_before_the_next_is_spilled(lazy: LazyDrive, tmp_path: Path) -> None:
+    """Even if nobody waits for the update in between: both lie in the same place."""
+    trainer = Trainer(tmp_path / "s", lazy, window="forward", spilled=ALL)
+    plain = PlainAdamW(initial_masters())
+    trainer.train(random_gradients(0))
+    plain.step(random_gradients(0))
+    for shard in SHAPES:
+        buffer, array, transfer = trainer._read(shard)
+        trainer.start_update(shard, buffer, array, transfer)
+    trainer.backward(random_gradients(1))
+    trainer.optimizer.step()
+    plain.step(random_gradients(1))
+    trainer.check(plain)
+    trainer.close()
+
+
+# --- commit and resume ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_resume(window: Window, engine: Engine, tmp_path: Path) -> None:
+    """A new optimizer goes on with step counts, counts of absent gradients and what the user added."""
+    plain = PlainAdamW(initial_masters())
+    for run in range(3):
+        trainer = Trainer(tmp_path / "s", engine, window=window, resident=("layers.1",) if run == 1 else ())
+        assert trainer.optimizer.step_count == 2 * run
+        assert trainer.optimizer.extra == ({"rows": 2 * run - 1} if run else {})
+        for step in (2 * run, 2 * run + 1):
+            gradients = random_gradients(step)
+            if step in (1, 4):
+                gradients = without(gradients, "l1.bias", "embed")
+            trainer.optimizer.commit_extra({"rows": step})
+            trainer.train(gradients)
+            plain.step(gradients)
+        trainer.check(plain)
+        trainer.close()
+
+
+def test_parameters_unfrozen_later_count_from_their_first_update(lazy: LazyDrive, tmp_path: Path) -> None:
+    """In a shard that was trained, and in one that was not."""
+    late = {"l0.weight", "l0.bias", "norm"}
+    plain = PlainAdamW(initial_masters())
+    trainer = Trainer(tmp_path / "s", lazy, window="backward")
+    for step in range(2):
+        gradients = without(random_gradients(step), "norm", "l0.bias", "l0.weight")
+        trainer.train(gradients)
+        plain.step(gradients)
+    trainer.optimizer.flush()
+    missed = trainer.store.state["optimizer"]["missed"]  # type: ignore[index, call-overload]
+    assert {name for name, count in missed.items() if count == 2} == late | {"l0.frozen"}
+    trainer.close()
+
+    # A store whose shard has never been updated says nothing of its parameters: as if written before.
+    with Store.open(tmp_path / "s", engine=lazy) as store:
+        assert "epilogue/state" not in store.checksums
+        state = dict(store.state)
+        kept = {name: count for name, count in missed.items() if name != "norm"}
+        state["optimizer"] = {**state["optimizer"], "missed": kept}  # type: ignore[dict-item]
+        store.commit(step=store.step, slots={}, checksums={}, state=state)
+
+    trainer = Trainer(tmp_path / "s", lazy, window="backward")
+    trainer.train(random_gradients(5))
+    plain.step(random_gradients(5))
+    trainer.check(plain)
+    trainer.close()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_commit_follows_every_write_of_its_step(window: Window, lazy: LazyDrive, tmp_path: Path) -> None:
+    """Power lost right after each commit: the step it names is there, whole."""
+    trainer = Trainer(tmp_path / "s", lazy, window=window)
+    plain = PlainAdamW(initial_masters())
+    for step in range(2):
+        trainer.train(random_gradients(step))
+        plain.step(random_gradients(step))
+    seen = len(lazy.transfers)
+    trainer.train(random_gradients(2))
+    plain.step(random_gradients(2))
+    trainer.optimizer.flush()
+    log = lazy.transfers[seen:]
+    last_sync = max(i for i, line in enumerate(log) if line.startswith("sync"))
+    num_chunks = sum(layout.num_chunks for layout in trainer.layouts.values())
+    written = [line for line in log[:last_sync] if line.startswith("write")]
+    assert len(written) >= 2 * num_chunks
+    lazy.lose_unsynced()
+    trainer.close()
+    again = Trainer(tmp_path / "s", lazy, window=window)
+    assert again.optimizer.step_count == 3
+    again.check(plain)
+    again.close()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_no_write_of_the_next_step_before_the_commit(window: Window, lazy: LazyDrive, tmp_path: Path) -> None:
+    """Step 2 writes where step 0 lay, which is the committed one until step 1 is."""
+    trainer = Trainer(tmp_path / "s", lazy, window=window)
+    commits: list[tuple[int, int]] = []
+    plain_commit = trainer.store.commit
+
+    def commit(**arguments: Any) -> None:
+        num_begun = lazy.num_submitted
+        plain_commit(**arguments)
+        commits.append((num_begun, lazy.num_submitted))
+
+    gate = threading.Event()
+    trainer.store.commit = lambda **arguments: (gate.wait(20), commit(**arguments))[1]  # type: ignore[method-assign]
+    trainer.train(random_gradients(0))
+    if window == "forward":
+        trainer.forward()
+    data = {path: bytes(data) for path, data in lazy.files.items() if "extents" in path}
+    before = {
+        name: data[e.path][e.offset_bytes : e.offset_bytes + e.num_bytes]
+        for name in trainer.store.names()
+        for e in [trainer.store.extent(name, 0)]
+    }
+    thread = threading.Thread(target=lambda: trainer.train(random_gradients(1)))
+    if window == "backward":
+        thread.start()  # its updates are queued behind the commit
+        with within(20) as until:
+            until(lambda: len(trainer.optimizer._step_jobs) == len(SHAPES) or not thread.is_alive())
+    lazy.run_all()
+    for name, content in before.items():
+        e = trainer.store.extent(name, 0)
+        assert bytes(lazy.files[e.path][e.offset_bytes : e.offset_bytes + e.num_bytes]) == content, name
+    gate.set()
+    if window == "backward":
+        thread.join()
+    trainer.optimizer.flush()
+    assert commits
+    trainer.close()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("resident", [(), ALL])
+def test_what_is_not_committed_leaves_the_store_alone(
+    window: Window, resident: tuple[str, ...], engine: Engine, tmp_path: Path
+) -> None:
+    """Updates in the backward window without a step, updates in the forward window that have not all begun."""
+    trainer = Trainer(tmp_path / "s", engine, window=window, resident=resident)
+    plain = PlainAdamW(initial_masters())
+    trainer.train(random_gradients(0))
+    plain.step(random_gradients(0))
+    trainer.check(plain)
+    trainer.backward(random_gradients(1))
+    if window == "forward":
+        trainer.optimizer.step()
+        trainer.load("prologue")
+        trainer.load("layers.0")
+    trainer.close()
+    again = Trainer(tmp_path / "s", engine, window=window)
+    assert again.optimizer.step_count == 1
+    again.check(plain)
+    again.close()
+
+
+@pytest.mark.parametrize("resident", [(), ALL])
+def test_updates_that_no_step_accepts_change_nothing(
+    resident: tuple[str, ...], engine: Engine, tmp_path: Path
+) -> None:
+    """zero_grad() after updates in the backward window: slots and resident states as before."""
+    trainer = Trainer(tmp_path / "s", engine, window="backward", resident=resident)
+    plain = PlainAdamW(initial_masters())
+    for step in range(3):
+        trainer.forward()
+        trainer.backward(random_gradients(50 + step))
+        assert not trainer.optimizer.is_written("prologue")
+        trainer.optimizer.zero_grad()
+        assert trainer.num_dropped == step + 1
+        assert trainer.optimizer.is_written("prologue")
+        trainer.check(plain)
+        trainer.train(random_gradients(step))
+        plain.step(random_gradients(step))
+        trainer.check(plain)
+    trainer.close()
+
+
+def test_reading_states_between_backward_and_step(engine: Engine, tmp_path: Path) -> None:
+    """Those of the last step, though updates have begun; the step is then the one it would have been."""
+    trainer = Trainer(tmp_path / "s", engine, window="backward")
+    plain = PlainAdamW(initial_masters())
+    trainer.train(random_gradients(0))
+    plain.step(random_gradients(0))
+    trainer.forward()
+    trainer.backward(random_gradients(1))
+    trainer.check(plain)
+    for shard in SHAPES:
+        trainer.load(shard)
+    trainer.optimizer.step()
+    plain.step(random_gradients(1))
+    trainer.check(plain)
+    trainer.close()
+
+
+def test_state_of_unknown_names(lazy: LazyDrive, tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path / "s", lazy, window="forward")
+    with pytest.raises(KeyError, match="nothing"):
+        trainer.optimizer.state_of("nothing")
+    trainer.close()
+
+
+def test_extra_must_be_json_and_is_copied(lazy: LazyDrive, tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path / "s", lazy, window="backward")
+    with pytest.raises(TypeError):
+        trainer.optimizer.commit_extra({"tensor": torch.zeros(1)})
+    with pytest.raises(ValueError, match="JSON"):
+        trainer.optimizer.commit_extra({"loss": math.nan})
+    extra = {"rows": [1, 2]}
+    trainer.optimizer.commit_extra(extra)
+    extra["rows"].append(3)
+    trainer.train(random_gradients(0))
+    trainer.close()
+    again = Trainer(tmp_path / "s", lazy, window="backward")
+    assert again.optimizer.extra == {"rows": [1, 2]}
+    again.close()
+
+
+# --- gradients that are not finite ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("where", ["norm", "l0.weight", "embed"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_non_finite_gradients_skip_the_step(
+    window: Window, where: str, bad: float, lazy: LazyDrive, tmp_path: Path
+) -> None:
+    """Wherever the backward pass meets it: nothing changes but the count of steps, which is committed."""
+    resident = ("layers.1",)
+    trainer = Trainer(tmp_path / "s", lazy, window=window, resident=resident, spilled=("layers.0",))
+    plain = PlainAdamW(initial_masters())
+    trainer.train(random_gradients(0))
+    plain.step(random_gradients(0))
+    trainer.optimizer.flush()
+    slots = trainer.store.slots
+    gradients = random_gradients(1)
+    gradients[where][7] = bad
+    trainer.train(gradients)
+    result = trainer.optimizer.last_step
+    assert result is not None
+    assert (result.step, result.clipped) == (2, False)
+    assert not math.isfinite(result.grad_norm)
+    assert result.skipped is not None
+    assert result.skipped.startswith("the gradient norm is")
+    assert trainer.optimizer.num_skipped == 1
+    trainer.check(plain)
+    assert trainer.store.step == 2
+    assert trainer.store.slots == slots
+    trainer.train(random_gradients(2))
+    plain.step(random_gradients(2))
+    trainer.check(plain)
+    trainer.close()
+    again = Trainer(tmp_path / "s", lazy, window=window)
+    assert (again.optimizer.step_count, again.optimizer.num_skipped) == (3, 1)
+    again.check(plain)
+    again.close()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_update_that_overflows_is_refused(
+    window: Window, dtype: str, engine: Engine, tmp_path: Path
+) -> None:
+    """The store stays at the step before, whole; every call says so from then on."""
+    masters = initial_masters()
+    masters["l0.bias"][3] = np.float32(3.38e38)
+    trainer = Trainer(tmp_path / "s", engine, window=window, dtype=dtype, masters=masters)
+    plain = PlainAdamW(masters)
+    trainer.train(random_gradients(0))
+    plain.step(random_gradients(0))
+    trainer.check(plain)
+    trainer.optimizer.param_groups[1]["lr"] = 1e37
+    trainer.train({name: -np.abs(g) for name, g in random_gradients(0).items()})
+    with pytest.raises(NonFiniteUpdateError, match=r"step 2 would make l0.bias .* stays at step 1"):
+        trainer.optimizer.flush()
+    with pytest.raises(NonFiniteUpdateError):
+        trainer.optimizer.step()
+    with pytest.raises(NonFiniteUpdateError):
+        trainer.optimizer.acquire_gradient("prologue")
+    trainer.close()
+    again = Trainer(tmp_path / "s", engine, window=window, dtype=dtype)
+    assert again.optimizer.step_count == 1
+    again.check(plain)
+    again.close()
+
+
+# --- hyperparameters --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"lr": -1.0}, r"lr=-1\.0"),
+        ({"lr": math.nan}, "lr=nan"),
+        ({"lr": "1e-3"}, "lr='1e-3'"),
+        ({"betas": (1.0, 0.9)}, r"betas\[0\]=1\.0"),
+        ({"betas": (0.9, -0.1)}, r"betas\[1\]=-0\.1"),
+        ({"betas": 0.9}, r"betas=0\.9"),
+        ({"eps": 0.0}, r"eps=0\.0"),
+        ({"weight_decay": math.inf}, "weight_decay=inf"),
+        ({"max_grad_norm": 0.0}, r"max_grad_norm=0\.0"),
+        ({"max_grad_norm": math.nan}, "max_grad_norm=nan"),
+    ],
+)
+def test_wrong_hyperparameters(wrong: dict[str, Any], message: str, lazy: LazyDrive, tmp_path: Path) -> None:
+    """One clear sentence; no thread is left behind."""
+
+    def one_group(parameters: Any) -> list[dict[str, Any]]:
+        return [{"params": [parameters["embed"]]}]
+
+    with pytest.raises(ValueError, match=message):
+        Trainer(tmp_path / "s", lazy, window="forward", groups=one_group, **wrong)
+    assert not [t for t in threading.enumerate() if t.name.startswith("fuyou-")]
+
+
+@pytest.mark.parametrize("field", ["amsgrad", "maximize"])
+def test_options_of_torch_that_would_be_ignored(field: str, lazy: LazyDrive, tmp_path: Path) -> None:
+    def group(parameters: Any) -> list[dict[str, Any]]:
+        return [{"params": [parameters["embed"]], field: True}]
+
+    with pytest.raises(ValueError, match=f"{field}=True"):
+        Trainer(tmp_path / "s", lazy, window="forward", groups=group)
+
+
+def test_parameters_that_are_not_trained(lazy: LazyDrive, tmp_path: Path) -> None:
+    """In the constructor and in add_param_group."""
+    with pytest.raises(ValueError, match="1 of 1 parameters"):
+        Trainer(tmp_path / "s", lazy, window="forward", groups=lambda p: [{"params": [p["l0.frozen"]]}])
+    trainer = Trainer(
+        tmp_path / "t", lazy, window="forward", groups=lambda p: [{"params": [p["embed"]], "lr": 1e-2}]
+    )
+    with pytest.raises(ValueError, match="1 of 1 parameters"):
+        trainer.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
+    assert len(trainer.optimizer.param_groups) == 1
+    trainer.optimizer.add_param_group({"params": [trainer.parameters["norm"]], "lr": 1e-3})
+    assert len(trainer.optimizer.param_groups) == 2
+    trainer.close()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_gradients_of_parameters_in_no_group(window: Window, lazy: LazyDrive, tmp_path: Path) -> None:
+    """They count for the norm, as clip_grad_norm_ over the whole model counts them; nothing of theirs changes."""
+
+    def groups(parameters: Any) -> list[dict[str, Any]]:
+        return [{"params": [parameters["l1.bias"]], "lr": 1e-2}]
+
+    trainer = Trainer(tmp_path / "s", lazy, window=window, groups=groups)
+    plain = PlainAdamW(initial_masters())
+    plain.optimizer = torch.optim.AdamW(groups(plain.masters), fused=True, weight_decay=0.01)
+    for step in range(2):
+        trainer.train(random_gradients(step))
+        norm = plain.step(random_gradients(step))
+        assert trainer.optimizer.last_step is not None
+        assert trainer.optimizer.last_step.grad_norm == norm
+    trainer.check(plain)
+    trainer.close()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_step_that_updates_nothing_is_committed(window: Window, lazy: LazyDrive, tmp_path: Path) -> None:
+    """All gradients belong to parameters in no group."""
+    trainer = Trainer(
+        tmp_path / "s", lazy, window=window, groups=lambda p: [{"params": [p["norm"]], "lr": 1e-2}]
+    )
+    trainer.train(without(random_gradients(0), "norm"))
+    trainer.optimizer.flush()
+    assert (trainer.store.step, trainer.optimizer.step_count) == (1, 1)
+    trainer.close()
+
+
+def test_a_backward_pass_without_gradients_is_no_step(lazy: LazyDrive, tmp_path: Path) -> None:
+    for window in WINDOWS:
+        trainer = Trainer(tmp_path / window, lazy, window=window)
+        trainer.train({})
+        assert trainer.optimizer.step_count == 0
+        trainer.check(PlainAdamW(initial_masters()))
+        trainer.close()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_wrong_hyperparameters_set_later(window: Window, lazy: LazyDrive, tmp_path: Path) -> None:
+    """The call says so and changes nothing: with the right value the same step is made."""
+    trainer = Trainer(tmp_path / "s", lazy, window=window)
+    plain = PlainAdamW(initial_masters())
+    trainer.forward()
+    trainer.optimizer.param_groups[0]["lr"] = -1.0
+    if window == "backward":
+        with pytest.raises(ValueError, match="lr=-1"):
+            trainer.optimizer.acquire_gradient("epilogue")
+        trainer.optimizer.param_groups[0]["lr"] = 1e-2
+        trainer.backward(random_gradients(0))
+    else:
+        trainer.backward(random_gradients(0))
+        with pytest.raises(ValueError, match="lr=-1"):
+            trainer.optimizer.step()
+        assert trainer.optimizer.step_count == 0
+        trainer.optimizer.param_groups[0]["lr"] = 1e-2
+    trainer.optimizer.step()
+    plain.step(random_gradients(0))
+    trainer.check(plain)
+    trainer.close()
+
+
+@pytest.mark.parametrize("field", ["lr", "betas", "eps", "weight_decay"])
+def test_hyperparameters_changed_between_backward_and_step(
+    field: str, lazy: LazyDrive, tmp_path: Path
+) -> None:
+    """RuntimeError in the backward window, with nothing changed: the former value makes the step."""
+    trainer = Trainer(tmp_path / "s", lazy, window="backward")
+    plain = PlainAdamW(initial_masters())
+    group = trainer.optimizer.param_groups[0]
+    trainer.backward(random_gradients(0))
+    former = group[field]
+    trainer.optimizer.flush()
+    group[field] = (0.5, 0.5) if field == "betas" else 0.5
+    with pytest.raises(RuntimeError, match=r"changed between backward\(\) and step\(\)"):
+        trainer.optimizer.step()
+    assert trainer.optimizer.step_count == 0
+    group[field] = former
+    trainer.optimizer.step()
+    plain.step(random_gradients(0))
+    trainer.check(plain)
+    trainer.close()
+
+
+def test_hyperparameters_changed_in_the_forward_window_count(lazy: LazyDrive, tmp_path: Path) -> None:
+    """As in torch: those at step()."""
+    trainer = Trainer(tmp_path / "s", lazy, window="forward")
+    plain = PlainAdamW(initial_masters())
+    trainer.backward(random_gradients(0))
+    for optimizer in (trainer.optimizer, plain.optimizer):
+        optimizer.param_groups[0]["lr"] = 0.5
+    trainer.optimizer.step()
+    trainer.optimizer.param_groups[0]["lr"] = 0.25  # for the next one
+    plain.step(random_gradients(0))
+    trainer.check(plain)
+    trainer.close()
+
+
+def test_clipping_is_refused_in_the_backward_window(lazy: LazyDrive, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"before the norm is known"):
+        Trainer(tmp_path / "s", lazy, window="backward", max_grad_norm=1.0)
+    trainer = Trainer(tmp_path / "t", lazy, window="backward")
+    with pytest.raises(ValueError, match=r"max_grad_norm=1\.0"):
+        trainer.optimizer.max_grad_norm = 1.0
+    trainer.optimizer.max_grad_norm = None
+    trainer.close()
+
+
+def test_second_backward_pass_in_the_backward_window(lazy: LazyDrive, tmp_path: Path) -> None:
+    """Refused with the remedy; after zero_grad() or step() all is well."""
+    trainer = Trainer(tmp_path / "s", lazy, window="backward")
+    plain = PlainAdamW(initial_masters())
+    trainer.backward(random_gradients(0))
+    with pytest.raises(RuntimeError, match="micro_batch_size"):
+        trainer.backward(random_gradients(1))
+    trainer.optimizer.step()
+    plain.step(random_gradients(0))
+    trainer.backward(random_gradients(1))
+    trainer.optimizer.zero_grad()
+    trainer.train(random_gradients(2))
+    plain.step(random_gradients(2))
+    trainer.check(plain)
+    trainer.close()
+
+
+def test_state_dict_is_small_and_goes_round(lazy: LazyDrive, tmp_path: Path) -> None:
+    """Hyperparameters only; states of another optimizer are refused, and so are values that cannot be used."""
+    trainer = Trainer(tmp_path / "s", lazy, window="forward")
+    trainer.train(random_gradients(0))
+    saved = copy.deepcopy(trainer.optimizer.state_dict())
+    assert saved["state"] == {}
+    assert len(json.dumps(saved)) < 2000
+    trainer.optimizer.param_groups[0]["lr"] = 7.0
+    trainer.optimizer.load_state_dict(saved)
+    assert trainer.optimizer.param_groups[0]["lr"] == 1e-2
+    plain = PlainAdamW(initial_masters())
+    plain.step(random_gradients(0))
+    with pytest.raises(ValueError, match="live|store"):
+        trainer.optimizer.load_state_dict(plain.optimizer.state_dict())
+    saved["param_groups"][0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr=-1"):
+        trainer.optimizer.load_state_dict(saved)
+    trainer.check(plain)
+    trainer.close()
+
+
+def test_step_with_a_closure(lazy: LazyDrive, tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path / "s", lazy, window="backward")
+    plain = PlainAdamW(initial_masters())
+
+    def closure() -> float:
+        assert torch.is_grad_enabled()
+        trainer.backward(random_gradients(0))
+        return 1.25
+
+    with torch.no_grad():
+        assert trainer.optimizer.step(closure) == 1.25
+    plain.step(random_gradients(0))
+    trainer.check(plain)
+    trainer.close()
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------
+
+Fault = Callable[[Trainer], None]
+
+
+def _state(kind: str, slot_kind: str, shard: str = "layers.0", extent: str = "state") -> Fault:
+    def arm(trainer: Trainer) -> None:
+        name = f"{shard}/{extent}"
+        active = trainer.store.active_slot(name)
+        slot = active if slot_kind == "active" else 1 - active
+        place = trainer.store.extent(name, slot)
+        trainer.engine.fail(kind, place, OSError(errno.EIO, "broken"))  # type: ignore[attr-defined]
+
+    return arm
+
+
+def _spill(kind: str) -> Fault:
+    def arm(trainer: Trainer) -> None:
+        place = trainer.store.scratch("layers.0/gradient", trainer.layouts["layers.0"].gradient_bytes)
+        trainer.engine.fail(kind, place, OSError(errno.ENOSPC, "full"))  # type: ignore[attr-defined]
+
+    return arm
+
+
+def _sync(trainer: Trainer) -> None:
+    trainer.engine.fail_next("sync", "extents", OSError(errno.EIO, "broken"))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("window", "fault"),
+    [
+        *((window, _state("read", "active")) for window in WINDOWS),
+        *((window, _state("write", "other")) for window in WINDOWS),
+        *((window, _state("write", "other", extent="weight")) for window in WINDOWS),
+        *((window, _sync) for window in WINDOWS),
+        ("forward", _state("read", "active", extent="weight")),
+        ("forward", _spill("read")),
+        ("forward", _spill("write")),
+    ],
+    ids=[
+        *(f"{what}-{window}" for what in ("read", "write", "weight-write", "sync") for window in WINDOWS),
+        "weight-read",
+        "spill-read",
+        "spill-write",
+    ],
+)
+@pytest.mark.parametrize("resident", [(), ALL])
+def test_an_io_error_stops_everything(
+    window: Window, fault: Fault, resident: tuple[str, ...], lazy: LazyDrive, tmp_path: Path
+) -> None:
+    """The real OSError comes from the next call, again and again; the store stays whole at the step before."""
+    spilled = ("layers.0", "layers.1") if window == "forward" else ()
+    # Once resident, states are not read; so for their reads the first step is the one that fails.
+    num_good = 0 if resident else 1
+    trainer = Trainer(tmp_path / "s", lazy, window=window, spilled=spilled, resident=resident)
+    plain = PlainAdamW(initial_masters())
+    for step in range(num_good):
+        trainer.train(random_gradients(step))
+        plain.step(random_gradients(step))
+    trainer.optimizer.flush()
+    fault(trainer)
+    with pytest.raises(OSError, match="broken|full|Input|space") as caught:
+        for step in range(5, 8):
+            trainer.train(random_gradients(step))
+    assert caught.value.errno in (errno.EIO, errno.ENOSPC)
+    assert caught.value.filename is not None
+    for call in (trainer.optimizer.flush, trainer.optimizer.step):
+        with pytest.raises(OSError, match=os.strerror(caught.value.errno)):
+            call()
+    with pytest.raises(OSError, match=os.strerror(caught.value.errno)):
+        trainer.optimizer.acquire_gradient("prologue")
+    step_on_drive = trainer.store.step
+    # With the forward window the failing step may follow a good one that was committed on the way.
+    assert num_good <= step_on_drive <= num_good + 1
+    for step in range(5, 5 + step_on_drive - num_good):
+        plain.step(random_gradients(step))
+    trainer.close()
+    again = Trainer(tmp_path / "s", lazy, window=window)
+    assert again.optimizer.step_count == step_on_drive
+    again.check(plain)
+    again.train(random_gradients(9))
+    plain.step(random_gradients(9))
+    again.check(plain)
+    again.close()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_gradient_that_never_arrives(window: Window, lazy: LazyDrive, tmp_path: Path) -> None:
+    """Whatever the copy from the device raises comes out of step(); buffers come back."""
+    trainer = Trainer(tmp_path / "s", lazy, window=window)
+    gradient = trainer.optimizer.acquire_gradient("layers.1")
+    gradient.arrived.add("l1.bias")
+    given_back: list[int] = []
+
+    def wait() -> None:
+        raise RuntimeError("the device is gone")
+
+    buffer, array, transfer = trainer._read("layers.1")
+    transfer.wait()
+    trainer.optimizer.gradient_complete(gradient, array, wait=wait, on_done=lambda: given_back.append(1))
+    trainer.complete("prologue", random_gradients(0))
+    for call in (trainer.optimizer.step, trainer.optimizer.flush, trainer.optimizer.zero_grad):
+        with pytest.raises(RuntimeError, match="the device is gone"):
+            call()
+    buffer.release()
+    assert given_back == ([1] if window == "backward" else [])
+    assert trainer.store.step == 0
+    trainer.close()
+
+
+def test_an_on_done_that_raises_wakes_whoever_waits(lazy: LazyDrive, tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path / "s", lazy, window="backward")
+
+    def on_done() -> None:
+        buffer.release()
+        raise RuntimeError("no way back")
+
+    gradient = trainer.optimizer.acquire_gradient("layers.1")
+    gradient.array[:] = 0
+    gradient.arrived.add("l1.bias")
+    buffer, array, transfer = trainer._read("layers.1")
+    transfer.wait()
+    trainer.optimizer.gradient_complete(gradient, array, wait=lambda: None, on_done=on_done)
+    trainer.optimizer.step()
+    with pytest.raises(RuntimeError, match="no way back"):
+        trainer.optimizer.flush()
+    assert trainer.store.step == 0
+    trainer.close()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_an_engine_that_takes_no_more_writes(
+    window: Window, lazy: LazyDrive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first write of a chunk begins, the second is refused: its buffer stays until the first has ended."""
+    trainer = Trainer(tmp_path / "s", lazy, window=window)
+    calls = 0
+    write = lazy.write
+
+    def refuse(extent: Any, array: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise RuntimeError("the engine is closed; make a new one")
+        return write(extent, array)
+
+    monkeypatch.setattr(lazy, "write", refuse)
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        for step in range(3):
+            trainer.train(random_gradients(step))
+    trainer.close()
+
+
+def test_gradients_that_do_not_fit_are_an_error_and_no_deadlock(lazy: LazyDrive, tmp_path: Path) -> None:
+    """Held until step(), they fill the pool: nothing can come back."""
+    trainer = Trainer(tmp_path / "s", lazy, window="forward", gradient_bytes=2 << 16)
+    with pytest.raises(BudgetError, match=r"no memory for the gradient of .*host_memory"):
+        trainer.backward(random_gradients(0))
+    trainer.close()
+
+
+def test_a_record_that_does_not_fit_is_refused(lazy: LazyDrive, tmp_path: Path) -> None:
+    """Beside resident states, for instance; before a thread is started."""
+    with pytest.raises(BudgetError, match="records"):
+        Trainer(tmp_path / "s", lazy, window="backward", num_records=0)
+    assert not [t for t in threading.enumerate() if t.name.startswith("fuyou-")]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_ctrl_c_while_an_update_is_being_submitted(
+    when: str, lazy: LazyDrive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is never committed without that shard, whatever is called then."""
+    trainer = Trainer(tmp_path / "s", lazy, window="forward")
+    plain = PlainAdamW(initial_masters())
+    trainer.train(random_gradients(0))
+    plain.step(random_gradients(0))
+    trainer.optimizer.flush()
+    trainer.train(random_gradients(1))
+    submit = trainer.optimizer._updater.submit
+
+    def interrupted(job: Any) -> None:
+        if job.layout.name == "layers.0":
+            if when == "after":
+                submit(job)
+            raise KeyboardInterrupt
+        submit(job)
+
+    monkeypatch.setattr(trainer.optimizer._updater, "submit", interrupted)
+    trainer.load("prologue")
+    buffer, array, transfer = trainer._read("layers.0")
+    with pytest.raises(KeyboardInterrupt):
+        trainer.start_update("layers.0", buffer, array, transfer)
+    monkeypatch.undo()
+    transfer.wait()
+    for call in (trainer.optimizer.flush, trainer.optimizer.step):
+        with pytest.raises(RuntimeError, match="interrupted .KeyboardInterrupt.* at step 1"):
+            call()
+    if when == "before":
+        buffer.release()
+    if when == "after":  # the job is the updater's: it gives everything back
+        trainer.optimizer._updater.close()
+        trainer.optimizer._pending["layers.0"].held.gradient = None
+    trainer.close()
+    again = Trainer(tmp_path / "s", lazy, window="forward")
+    assert again.optimizer.step_count == 1
+    again.check(plain)
+    again.close()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("place", ["_state_to_commit", "_submit_commit"])
+def test_ctrl_c_inside_step(
+    window: Window, place: str, lazy: LazyDrive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A half-taken step is not taken again, and not committed."""
+    trainer = Trainer(tmp_path / "s", lazy, window=window)
+    plain = PlainAdamW(initial_masters())
+    trainer.train(random_gradients(0))
+    plain.step(random_gradients(0))
+    trainer.check(plain)
+    trainer.backward(random_gradients(1))
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer.optimizer, place, interrupt)
+    if window == "forward" and place == "_submit_commit":
+        trainer.optimizer.step()  # it is the forward pass that submits the commit
+        for shard in list(SHAPES)[:-1]:
+            trainer.load(shard)
+        buffer, array, transfer = trainer._read("epilogue")
+        with pytest.raises(KeyboardInterrupt):
+            trainer.start_update("epilogue", buffer, array, transfer)
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            trainer.optimizer.step()
+    monkeypatch.undo()
+    for call in (trainer.optimizer.step, trainer.optimizer.flush):
+        with pytest.raises(RuntimeError, match="interrupted"):
+            call()
+    gc.collect()  # gradients that the interrupted call had in hand
+    trainer.optimizer.close()
+    trainer.resident.clear()
+    trainer.store.close()
+    again = Trainer(tmp_path / "s", lazy, window=window)
+    assert again.optimizer.step_count == 1
+    again.check(plain)
+    again.close()
+
+
+def test_ctrl_c_while_waiting_loses_nothing(lazy: LazyDrive, tmp_path: Path) -> None:
+    """Interrupted while gradients arrive, step() is called again, and it is the whole step."""
+    trainer = Trainer(tmp_path / "s", lazy, window="forward")
+    plain = PlainAdamW(initial_masters())
+    gate = threading.Event()
+    gradient = trainer.optimizer.acquire_gradient("epilogue")
+    gradients = random_gradients(0)
+    gradient.arrived.add("norm")
+
+    def wait() -> None:
+        gate.wait(20)
+        gradient.array[:100] = gradients["norm"]
+
+    trainer.optimizer.gradient_complete(gradient, wait=wait)
+    trainer.backward(gradients, ["prologue", "layers.0", "layers.1"])
+    submit = trainer.optimizer._intake._thread.submit
+    futures: list[Any] = []
+
+    class Interrupting:
+        def __init__(self, future: Any) -> None:
+            futures.append(future)
+
+        def result(self) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            trainer.optimizer._intake._thread, "submit", lambda *a: Interrupting(submit(*a)), raising=True
+        )
+        with pytest.raises(KeyboardInterrupt):
+            trainer.optimizer.step()
+    gate.set()
+    trainer.optimizer.step()
+    plain.step(gradients)
+    trainer.check(plain)
+    trainer.close()
+
+
+# --- closing, memory, the end of the process --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_calls_after_close(window: Window, lazy: LazyDrive, tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path / "s", lazy, window=window)
+    trainer.train(random_gradients(0))
+    trainer.close()
+    trainer.optimizer.close()
+    trainer.optimizer.zero_grad()
+    for call in (
+        trainer.optimizer.step,
+        trainer.optimizer.flush,
+        lambda: trainer.optimizer.state_of("embed"),
+        lambda: trainer.optimizer.acquire_gradient("prologue"),
+    ):
+        with pytest.raises(RuntimeError, match="closed"):
+            call()
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("spilled", [(), ALL])
+def test_close_at_any_moment(
+    window: Window, spilled: tuple[str, ...], lazy: LazyDrive, tmp_path: Path
+) -> None:
+    """With gradients arriving, held, spilled or pending: buffers come back, threads end (Trainer.close looks)."""
+    for moment in range(4):
+        trainer = Trainer(
+            tmp_path / f"s{moment}", lazy, window=window, spilled=spilled, resident=("epilogue",)
+        )
+        trainer.train(random_gradients(0))
+        if moment == 1:
+            trainer.backward(random_gradients(1), ["layers.1", "epilogue"])
+        if moment == 2:
+            trainer.forward()
+            trainer.backward(random_gradients(1))
+        if moment == 3:
+            trainer.train(random_gradients(1))
+            if window == "forward":
+                trainer.load("layers.1")
+        trainer.close()
+        with Store.open(tmp_path / f"s{moment}", engine=lazy) as store:
+            assert store.verify() == []
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_nothing_keeps_released_memory_mapped(window: Window, engine: Engine, tmp_path: Path) -> None:
+    """A pool's budget is real memory: after a step no array of it is kept, and it can all be unmapped."""
+    trainer = Trainer(tmp_path / "s", engine, window=window, spilled=("layers.0",))
+    for step in range(2):
+        trainer.train(random_gradients(step))
+    trainer.optimizer.flush()
+    for pool in (trainer.weights, trainer.gradients):
+        assert pool.used_bytes == 0
+        pool.trim()
+        assert pool.mappings
+        assert all(mapping.memory.closed for mapping in pool.mappings), pool.name
+    trainer.close()
+
+
+def test_bookkeeping_does_not_grow(lazy: LazyDrive, tmp_path: Path) -> None:
+    trainer = Trainer(tmp_path / "s", lazy, window="backward")
+    for step in range(8):
+        trainer.train(random_gradients(step, ["norm", "l1.bias"]))
+    trainer.optimizer.flush()
+    optimizer = trainer.optimizer
+    assert len(optimizer._barriers) <= 1
+    assert len(optimizer._jobs) <= len(SHAPES)
+    assert not optimizer._updater._unfinished
+    trainer.close()
+
+
+_SCRIPT = """
+import sys
+from pathlib import Path
+from io_engine import PosixEngine
+from tests.optim.harness import Trainer, random_gradients
+
+trainer = Trainer(Path(sys.argv[1]), PosixEngine(2), window=sys.argv[2])
+trainer.train(random_gradients(0))
+trainer.forward()
+trainer.backward(random_gradients(1))
+if sys.argv[3] == "raise":
+    raise SystemExit("a mistake of the user's")
+"""
+
+
+@pytest.mark.parametrize(("window", "end"), [("backward", "end"), ("forward", "raise")])
+def test_a_program_that_forgets_to_close_ends(window: str, end: str, tmp_path: Path) -> None:
+    """At once and without noise; what it had committed is there."""
+    done = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, str(tmp_path / "s"), window, end],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert done.returncode == (1 if end == "raise" else 0), done.stderr
+    assert done.stderr == ("a mistake of the user's\n" if end == "raise" else "")
+    with PosixEngine(1) as engine, Store.open(tmp_path / "s", engine=engine) as store:
+        assert store.step in (0, 1)
+        assert store.verify() == []
+
+
+def test_kernels_are_compiled_before_the_first_step(
+    lazy: LazyDrive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+    monkeypatch.setattr("optim.kernels.warm_up", lambda: called.append("kernels"))
+    monkeypatch.setattr("optim.norm.warm_up", lambda: called.append("norm"))
+    trainer = Trainer(tmp_path / "s", lazy, window="forward")
+    assert called == ["kernels", "norm"]
+    assert isinstance(trainer.optimizer, OffloadedAdamW)
+    trainer.close()
