@@ -143,7 +143,7 @@ def _modules_before_layers(model: nn.Module, first_layer: nn.Module) -> set[nn.M
 
     hooks = [module.register_forward_pre_hook(enter) for module in model.modules()]
     try:
-        with torch.no_grad(), _stand_in_parameters(model):
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), _stand_in_parameters(model):
             model(input_ids=torch.zeros((1, 2), dtype=torch.long))
     except _FirstLayerReached:
         return entered
@@ -228,11 +228,70 @@ def _assign(model: nn.Module, path: str, layers: list[nn.Module]) -> tuple[Block
 
 @contextlib.contextmanager
 def meta_model(config: Any, dtype: torch.dtype, **kwargs: Any) -> Iterator[nn.Module]:
-    """The model of a config with parameters on the meta device and real buffers (rotary tables and the like)."""
+    """The model of a config with parameters on the meta device and real buffers (rotary tables and the like).
+
+    ModelError for a config that cannot be trained. The caller's random numbers are not touched.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with init_empty_weights(include_buffers=False):
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            "a quantized checkpoint (its config has a quantization_config): all weights are trained in full precision here; "
+            "take the original, or dequantize it in transformers and call save_pretrained once"
+        )
+    with (
+        torch.random.fork_rng(devices=[]),
+        _nan_in_new_memory(),
+        init_empty_weights(include_buffers=False),
+        _constructors_values_kept(),
+    ):
+        torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
     model.tie_weights()  # ties are lost while parameters are replaced by meta ones
     yield model
+
+
+@contextlib.contextmanager
+def _nan_in_new_memory() -> Iterator[None]:
+    """torch.empty gives NaN: what no constructor has set is then told from what one has."""
+    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
+MOST_ELEMENTS_KEPT = 65_536
+"""Of a parameter whose value some class sets in its constructor only: scales, biases, activation parameters."""
+
+
+CONSTRUCTED_VALUES = "_fuyou_constructed_values"
+"""Attribute of modules, until the executor takes over: parameters' values by name."""
+
+
+@contextlib.contextmanager
+def _constructors_values_kept() -> Iterator[None]:
+    """What a module's constructor gave small parameters is kept beside them when they become meta ones.
+
+    Inside accelerate's `init_empty_weights`, in the same way as that: by the registration of parameters.
+    """
+    register_on_meta = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        value = None
+        if parameter is not None and parameter.numel() <= MOST_ELEMENTS_KEPT and parameter.device.type == "cpu":
+            value = parameter.detach().clone()
+        register_on_meta(module, name, parameter)
+        if value is not None:
+            module.__dict__.setdefault(CONSTRUCTED_VALUES, {})[name] = value
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]

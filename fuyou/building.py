@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from fuyou.blocks import Block, ModelBlocks
+from fuyou.blocks import CONSTRUCTED_VALUES, Block, ModelBlocks
 from fuyou.errors import ModelError
 
 BlockWriter = Callable[[Block, dict[str, torch.Tensor]], None]
@@ -112,15 +112,35 @@ def random_blocks(model: nn.Module, blocks: ModelBlocks, seed: int, write: Block
         for parameter in placeholders:
             parameter._is_hf_initialized = True  # type: ignore[attr-defined]
         for number, block in enumerate(blocks.blocks):
+            first_holders = {(id(owners[name][0][0]), owners[name][0][1]) for name in block.parameters}
             torch.manual_seed((seed * 1_000_003 + number) & (2**63 - 1))
             with _materialised(model, block, owners) as modules, torch.no_grad(), guard():
                 for module in modules:
+                    # A tied weight is initialised as its first holder's, usually the embedding's, not again as the head's.
+                    for attribute, parameter in module._parameters.items():
+                        if parameter is not None:
+                            first = (id(module), attribute) in first_holders
+                            parameter._is_hf_initialized = not first  # type: ignore[attr-defined]
                     parents[module]._init_weights(module)
-                write(block, {name: owners[name][0][0]._parameters[owners[name][0][1]].detach() for name in block.parameters})  # type: ignore[union-attr]
+                values: dict[str, torch.Tensor] = {}
+                for name in block.parameters:
+                    holder, attribute = owners[name][0]
+                    values[name] = holder._parameters[attribute].detach()  # type: ignore[union-attr]
+                    _check_initialised(name, values[name])
+                write(block, values)
     finally:
         for parameter in placeholders:
             del parameter._is_hf_initialized  # type: ignore[attr-defined]
         torch.set_rng_state(state)
+
+
+def _check_initialised(name: str, value: torch.Tensor) -> None:
+    """Some classes fill large weights in their constructor, which has run without memory, and nowhere else."""
+    if bool(torch.isnan(value).any()):
+        raise ModelError(
+            f"{name} is not initialised by its model's _init_weights: make the model once in transformers, "
+            "save_pretrained it, and use fuyou.from_pretrained"
+        )
 
 
 def _owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
@@ -138,14 +158,17 @@ def _owners(model: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
 def _materialised(
     model: nn.Module, block: Block, owners: dict[str, list[tuple[nn.Module, str]]]
 ) -> Iterator[list[nn.Module]]:
-    """Real, uninitialised host parameters for one block; yields its modules, children before parents."""
+    """Real host parameters, NaN where no constructor set them, for one block; yields its modules, children first."""
     kept: list[tuple[nn.Module, str, nn.Parameter]] = []
     direct: set[nn.Module] = set()
     for name in block.parameters:
         module, attribute = owners[name][0]
         old = module._parameters[attribute]
         assert old is not None
-        new = nn.Parameter(torch.empty(old.shape, dtype=old.dtype), requires_grad=False)
+        new = nn.Parameter(torch.full(old.shape, float("nan"), dtype=old.dtype), requires_grad=False)
+        constructed = getattr(module, CONSTRUCTED_VALUES, {}).get(attribute)
+        if constructed is not None:
+            new.data.copy_(constructed)
         for module, attribute in owners[name]:
             kept.append((module, attribute, old))
             module._parameters[attribute] = new
@@ -231,11 +254,6 @@ def load_blocks(model: nn.Module, blocks: ModelBlocks, folder: Path, dtype: torc
     )
     from transformers.modeling_utils import LoadStateDictConfig
 
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise ModelError(
-            f"{folder}: a quantized checkpoint (its config has a quantization_config): all weights are trained in full "
-            "precision here; take the original, or dequantize it in transformers and call save_pretrained once"
-        )
     files = checkpoint_files(folder)
     mapping = get_model_conversion_mapping(model)  # type: ignore[arg-type]
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]

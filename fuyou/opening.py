@@ -283,12 +283,13 @@ def _open(
     runtime: Runtime | None = None
     try:
         exists = Store.exists(directories)
-        _check_resume(offload, Store.peek(directories) if exists else None, directories[0])
+        found = Store.peek(directories) if exists else None
+        _check_resume(offload, found, directories[0])
+        if found is not None:
+            _check_identity(found, identity, type(model).__name__, directories[0])
         if not exists:
             check()  # a checkpoint that cannot be read makes no store
         store = Store.open(directories, engine=engine) if exists else Store.create(directories, identity=identity, engine=engine)
-        if exists:
-            _check_identity(store, identity, type(model).__name__, directories[0])
         names = set(store.names())
         wanted = [layout for layout in layouts.values() if layout.weight_name not in names]
         if not store.state.get("filled"):
@@ -380,7 +381,7 @@ def _check_resume(offload: OffloadConfig, found: StoreSnapshot | None, directory
         )
 
 
-def _check_identity(store: Store, identity: dict[str, str], model_class: str, directory: Path) -> None:
+def _check_identity(store: StoreSnapshot, identity: dict[str, str], model_class: str, directory: Path) -> None:
     if store.identity.get("fingerprint") != identity["fingerprint"]:
         found = store.description.get("model", "another model") if store.description else "another model"
         source = store.description.get("source", "") if store.description else ""

@@ -283,6 +283,11 @@ class Runtime:
         """The last step that a crash cannot take back."""
         return self.store.step
 
+    @property
+    def bytes_moved(self) -> tuple[int, int]:
+        """Bytes read from and written to the store's drives since the model was opened, by the engine's counters."""
+        return self._engine.bytes_read, self._engine.bytes_written
+
     def flush(self) -> None:
         """Block until every optimizer step taken is committed."""
         with self._uninterrupted("flush()"):

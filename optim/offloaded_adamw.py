@@ -207,6 +207,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._start_pending()
         held = self._held
         if not held:
+            self._given.clear()  # of backward passes that gave no gradient at all
             return loss
         grad_norm = self.grad_norm()
         skipped, scale, scalars = None, 1.0, {}
@@ -535,10 +536,10 @@ class OffloadedAdamW(torch.optim.Optimizer):
         """The gradients held become this step: commit what has run, or leave it to its window."""
         held = self._intake.take_all()
         self._num_updates += 1
-        arrived = frozenset[str]().union(*(h.arrived for h in held.values()))
+        updated = frozenset[str]().union(*scalars.values())
         for shard in self._shards.values():
             for slot in shard.parameters:
-                if slot.name not in arrived:
+                if slot.name not in updated:
                     self._missed[slot.name] = self._missed.get(slot.name, 0) + 1
         state = self._state_to_commit()
         if self.window == "backward":

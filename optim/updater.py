@@ -275,10 +275,10 @@ class ShardUpdater:
     def fail(self, error: BaseException) -> None:
         """Let every job and barrier from here on fail with `error`, unless something failed before."""
         with self._wake:
-            self._error = self._error or error.with_traceback(None)
+            self._error = self._error or error
 
     def close(self) -> None:
-        """Finish what is queued, stop the threads. Idempotent."""
+        """Finish what is queued, writes included, and stop the threads. Idempotent."""
         with self._wake:
             self._closing = True
             self._wake.notify_all()
@@ -305,10 +305,13 @@ class ShardUpdater:
                 while not self._queue and not self._closing:
                     self._wake.wait()
                 if not self._queue:
-                    return
+                    break
                 barrier = self._queue.popleft() if isinstance(self._queue[0], Barrier) else None
             if isinstance(barrier, Barrier):
                 self._run_barrier(barrier)
+        # Buffers that are still being written come back before `close` returns.
+        for job in self._unfinished:
+            job.done.wait()
 
     def _run_barrier(self, barrier: Barrier) -> None:
         unfinished, self._unfinished = self._unfinished, []
@@ -321,8 +324,9 @@ class ShardUpdater:
             try:
                 barrier.run()
             except BaseException as raised:  # handed to whoever waits, on the thread that can act on it
-                self.fail(raised)
-                error = raised
+                # Without the frames, which would keep arrays alive.
+                error = raised.with_traceback(None)
+                self.fail(error)
         barrier.end(error)
 
     def _start_reads(self, reading: collections.deque[_Chunk]) -> None:
@@ -417,8 +421,6 @@ class ShardUpdater:
             job.fail(error)
         if job.error is not None:
             self.fail(job.error)
-            if resident is not None:
-                resident.filled = False
         elif last:
             if resident is not None:
                 resident.filled = True

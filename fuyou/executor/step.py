@@ -29,7 +29,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from fuyou.blocks import Block, ModelBlocks
+from fuyou.blocks import CONSTRUCTED_VALUES, Block, ModelBlocks
 from fuyou.building import StreamedParameter, placeholder
 from fuyou.errors import ModelError
 from fuyou.executor.activations import ActivationStore, SavedTensor
@@ -101,6 +101,7 @@ class _LayerCall:
     inputs: list[_SavedInput]
     outputs: CutGradients
     rng: tuple[torch.Tensor, ...]
+    autocast: tuple[bool, torch.dtype]
     collected: dict[str, int]
     """Entries that the layer added to the active output collector, by key."""
 
@@ -120,6 +121,7 @@ class _MicroBatch:
         """Gradients of what the prologue gave to layers, last layer first."""
         self.rng: tuple[torch.Tensor, ...] = ()
         self.grad_enabled = True
+        self.autocast: tuple[bool, torch.dtype]
         self.output: Any = None
         self.loss: torch.Tensor | None = None
 
@@ -132,8 +134,6 @@ class ForwardRecord:
     loss: torch.Tensor
     """Weighted sum of the micro-batches' losses, float64, 0-dimensional."""
     output_type: type
-    gradients: dict[str, ShardGradient]
-    """Gradients begun by the epilogue."""
     autocast: tuple[bool, torch.dtype]
     needs_prologue: bool = False
 
@@ -181,6 +181,8 @@ class StepExecutor:
         self._hub: greenlet.greenlet | None = None
         self._training = False
         self._patch_layers()
+        for module in model.modules():
+            module.__dict__.pop(CONSTRUCTED_VALUES, None)
         self._guard_other_modules()
         self._guard_model()
         for name, parameter in self._parameters.items():
@@ -206,11 +208,10 @@ class StepExecutor:
         first micro-batch in the step) choose the random numbers. Call `backward` with the record, or `discard` it.
         """
         micro_batches = [_MicroBatch(first + i, arguments, weight) for i, (arguments, weight) in enumerate(calls)]
-        device_type = self._device.torch_device.type
-        autocast = (torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type))
-        record = ForwardRecord(micro_batches, torch.zeros(()), type(None), {}, autocast)
+        autocast = self._get_autocast()
+        record = ForwardRecord(micro_batches, torch.zeros(()), type(None), autocast)
         losses = torch.zeros((), dtype=torch.float64, device=self._device.torch_device)
-        with self._running(record, training=True), self._autocast(autocast):
+        with self._running(micro_batches, record), self._autocast(autocast):
             self._weights.announce(self._visits(self._order))
             for micro_batch in micro_batches:
                 self._seed_micro_batch(micro_batch, step)
@@ -223,51 +224,62 @@ class StepExecutor:
                     losses += micro_batch.weight * loss.detach().double()
                     record.output_type = type(micro_batch.output)
                     micro_batch.output = None
+                    if not loss.requires_grad:
+                        raise ModelError("the loss depends on no trainable parameter: there is nothing to train")
                     with self._span("epilogue backward"), self._autocast((False, autocast[1])):
                         torch.autograd.backward(loss, torch.tensor(micro_batch.weight, dtype=loss.dtype, device=loss.device))
                     del loss
-                record.gradients = {name: open_.gradient for name, open_ in self._open.items()}
         record.loss = losses
         return record
 
     def backward(self, record: ForwardRecord, scale: float) -> None:
         """Run the rest of the backward pass: gradients of `scale` times the record's loss go to the optimizer."""
         if record is not self._record:
-            raise RuntimeError("this loss belongs to an earlier forward pass: call backward() before the next one")
+            raise ModelError(
+                "this loss was used already, or belongs to an earlier forward pass, whose activations are gone: call "
+                "loss.backward() once, before the next forward pass"
+            )
         assert self.optimizer is not None
         self._record = None
         self._training = True
-        prologue_held = contextlib.ExitStack()
         try:
-            if scale != 1.0:
-                self._scale(record, scale)
-            # Updates in the backward window take the weights that backward has read; the epilogue's were let go.
-            epilogue = ["epilogue"] if self.optimizer.window == "backward" and "epilogue" in self._layouts else []
-            self._weights.announce([*epilogue, *self._visits(self._order[-2::-1])])
-            self._complete("epilogue")
-            if record.needs_prologue:
-                prologue_held.enter_context(self._bound_block("prologue"))
-                self._open_gradients("prologue")
-            for index in reversed(range(len(self._layers))):
-                self._layer_backward(index, record)
-            with self._bound_block("prologue"):
-                self._open_gradients("prologue")
-                with self._span("prologue backward"):
-                    for micro_batch in record.micro_batches:
-                        edges = [edge for edge, _ in micro_batch.into_prologue]
-                        gradients = [gradient for _, gradient in micro_batch.into_prologue]
-                        micro_batch.into_prologue.clear()
-                        if edges:
-                            # All at once: each inner node then gets its whole gradient, summed as plain autograd does.
-                            torch.autograd.backward(edges, gradients)
-                prologue_held.close()
-                self._complete("prologue")
+            with contextlib.ExitStack() as prologue_held, self._device.current():
+                self._run_backward(record, scale, prologue_held)
         except BaseException:
-            prologue_held.close()
             self._drop(record)
             raise
         finally:
             self._training = False
+
+    def _run_backward(self, record: ForwardRecord, scale: float, prologue_held: contextlib.ExitStack) -> None:
+        assert self.optimizer is not None
+        if scale != 1.0:
+            self._scale(record, scale)
+        layers = [i for i in reversed(range(len(self._layers))) if self._has_backward(i, record)]
+        layer_names = [block.name for i in layers if (block := self._layer_blocks[i]) is not None]
+        prologue = ["prologue"] if self.optimizer.trains("prologue") else []
+        # Updates in the backward window take the weights that backward has read; the epilogue's were let go.
+        takes_weights = self.optimizer.window == "backward" and self.optimizer.trains("epilogue")
+        epilogue = ["epilogue"] if takes_weights else []
+        self._weights.announce([*epilogue, *self._visits([*layer_names, *prologue])])
+        self._complete("epilogue")
+        if record.needs_prologue:
+            prologue_held.enter_context(self._bound_block("prologue"))
+            self._open_gradients("prologue")
+        for index in layers:
+            self._layer_backward(index, record)
+        if prologue or any(micro_batch.into_prologue for micro_batch in record.micro_batches):
+            prologue_held.enter_context(self._bound_block("prologue"))
+            self._open_gradients("prologue")
+            with self._span("prologue backward"):
+                for micro_batch in record.micro_batches:
+                    edges = [edge for edge, _ in micro_batch.into_prologue]
+                    gradients = [gradient for _, gradient in micro_batch.into_prologue]
+                    micro_batch.into_prologue.clear()
+                    if edges:
+                        # All at once: each inner node then gets its whole gradient, summed as plain autograd does.
+                        torch.autograd.backward(edges, gradients)
+            self._complete("prologue")
 
     def discard(self) -> None:
         """Forget a forward pass whose backward pass never came."""
@@ -281,7 +293,7 @@ class StepExecutor:
         micro_batch = _MicroBatch(0, arguments, 1.0)
         # Inference draws from the caller's generators, as a plain forward pass does.
         micro_batch.rng = self._get_rng()
-        with self._running(None, training=False), torch.no_grad():
+        with self._running([micro_batch], None), torch.no_grad():
             micro_batch.grad_enabled = False
             self._weights.announce(self._visits(self._order))
             self._run_up_to_epilogue([micro_batch])
@@ -312,22 +324,28 @@ class StepExecutor:
                     if micro_batch.next_stop == index:
                         self._resume(micro_batch, f"layer {index} forward")
 
+    def _has_backward(self, index: int, record: ForwardRecord) -> bool:
+        """Whether a layer is trained, or a gradient passes through it to a trained one below."""
+        assert self.optimizer is not None
+        block = self._layer_blocks[index]
+        trained = block is not None and self.optimizer.trains(block.name)
+        return trained or any(index in micro_batch.calls for micro_batch in record.micro_batches)
+
     def _layer_backward(self, index: int, record: ForwardRecord) -> None:
         block = self._layer_blocks[index]
         with self._bound_block(block.name) if block is not None else contextlib.nullcontext():
             if block is not None:
                 self._open_gradients(block.name)
             for micro_batch in record.micro_batches:
-                call = micro_batch.calls.pop(index, None)
+                call = micro_batch.calls.get(index)
                 if call is not None:
                     with self._span(f"layer {index} backward"):
-                        self._call_backward(index, micro_batch, call, record)
+                        self._call_backward(index, micro_batch, call)
+                    del micro_batch.calls[index]
             if block is not None:
                 self._complete(block.name)
 
-    def _call_backward(
-        self, index: int, micro_batch: _MicroBatch, call: _LayerCall, record: ForwardRecord
-    ) -> None:
+    def _call_backward(self, index: int, micro_batch: _MicroBatch, call: _LayerCall) -> None:
         """Compute the layer again with a graph, run its backward pass, pass the inputs' gradients on."""
         previous = micro_batch.calls.get(index - 1)
         for saved_input in previous.inputs if previous is not None else ():
@@ -342,7 +360,7 @@ class StepExecutor:
         try:
             self._set_rng(call.rng)
             args, kwargs = tree_unflatten(call.leaves, call.spec)
-            with torch.enable_grad(), self._autocast(record.autocast):
+            with torch.enable_grad(), self._autocast(call.autocast):
                 result = self._plain_forwards[index](*args, **kwargs)
             outputs = _float_tensors(result) + _collected(collector, call.collected)
             if len(outputs) != len(call.outputs.gradients) and call.outputs.gradients:
@@ -425,8 +443,16 @@ class StepExecutor:
         leaves, spec = tree_flatten((args, kwargs))
         inputs: list[_SavedInput] = []
         kept = list(leaves)
+        call = _LayerCall(kept, spec, inputs, CutGradients(), self._get_rng(), self._get_autocast(), {})
+        # From the beginning, so that what has been put away is given back if something fails here.
+        micro_batch.calls[index] = call
         for position, leaf in enumerate(leaves):
             if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
+                if not torch.is_grad_enabled():
+                    raise ModelError(
+                        f"{type(self._model).__name__} runs its layers under an autograd function of its own (reversible layers, "
+                        "for example): it cannot be streamed"
+                    )
                 edge = get_gradient_edge(leaf)
                 origin = _origin(leaf)
                 key = f"{index}/{micro_batch.index}/{position}"
@@ -437,7 +463,6 @@ class StepExecutor:
         trainable = block is not None and any(self._parameters[name].requires_grad for name in block.parameters)
         collector = _active_collector()
         before = {key: len(entries) for key, entries in collector.items()} if collector else {}
-        call = _LayerCall(kept, spec, inputs, CutGradients(), self._get_rng(), {})
         # With grad mode on, since kernels and models' own branches may depend on it, but keeping nothing.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_drop, _dropped):
             result = self._plain_forwards[index](*args, **kwargs)
@@ -450,6 +475,7 @@ class StepExecutor:
         }
         if not inputs and not trainable:  # nothing below needs a gradient
             _replace_collected(collector, call.collected, [v.detach() for v in _collected(collector, call.collected)])
+            del micro_batch.calls[index]
             return tree_unflatten(flat, result_spec)
         floats = [i for i, value in enumerate(flat) if _is_float(value)]
         collected = _collected(collector, call.collected)
@@ -457,7 +483,6 @@ class StepExecutor:
         for i in floats:
             flat[i] = cuts.pop(0)
         _replace_collected(collector, call.collected, cuts)
-        micro_batch.calls[index] = call
         return tree_unflatten(flat, result_spec)
 
     def _start(self, micro_batch: _MicroBatch) -> None:
@@ -478,9 +503,11 @@ class StepExecutor:
     def _resume(self, micro_batch: _MicroBatch, what: str) -> None:
         """Let a micro-batch run to its next stop, with the thread's torch state as it left it."""
         assert micro_batch.greenlet is not None
-        outer_rng, outer_grad = self._get_rng(), torch.is_grad_enabled()
+        outer_rng, outer_grad, outer_autocast = self._get_rng(), torch.is_grad_enabled(), self._get_autocast()
         self._set_rng(micro_batch.rng)
         torch.set_grad_enabled(micro_batch.grad_enabled)
+        if micro_batch.next_stop >= 0:
+            self._set_autocast(micro_batch.autocast)
         self._current = micro_batch
         try:
             with self._span(what):
@@ -495,29 +522,41 @@ class StepExecutor:
         finally:
             self._current = None
             micro_batch.rng, micro_batch.grad_enabled = self._get_rng(), torch.is_grad_enabled()
+            micro_batch.autocast = self._get_autocast()
+            self._set_autocast(outer_autocast)
             torch.set_grad_enabled(outer_grad)
             self._set_rng(outer_rng)
 
     @contextlib.contextmanager
-    def _running(self, record: ForwardRecord | None, *, training: bool) -> Iterator[None]:
+    def _running(self, micro_batches: Sequence[_MicroBatch], record: ForwardRecord | None) -> Iterator[None]:
+        """Greenlets may run inside; `record` is the training step's. Whatever happens, all of them end."""
         if self._hub is not None:
-            raise RuntimeError("the model is already running: a forward pass cannot be started inside another")
+            raise ModelError("the model is running already: a forward pass cannot be started inside another")
         self._plain_forward = type(self._model).forward.__get__(self._model)
-        self._hub, self._training = greenlet.getcurrent(), training
+        self._hub, self._training = greenlet.getcurrent(), record is not None
         self._record = record
         try:
-            yield
+            with self._device.current():
+                yield
         except BaseException:
+            self._end(micro_batches)
             if record is not None:
                 self._record = None
                 self._drop(record)
             raise
         finally:
-            for micro_batch in record.micro_batches if record is not None else ():
-                if micro_batch.greenlet is not None and not micro_batch.greenlet.dead:
-                    micro_batch.greenlet.throw(greenlet.GreenletExit)
-                micro_batch.greenlet = None
+            self._end(micro_batches)
             self._hub, self._current, self._training = None, None, False
+
+    def _end(self, micro_batches: Sequence[_MicroBatch]) -> None:
+        """End greenlets that wait; what they have in `with` blocks is left, and must not change the caller's modes."""
+        grad_enabled, autocast = torch.is_grad_enabled(), self._get_autocast()
+        for micro_batch in micro_batches:
+            if micro_batch.greenlet is not None and not micro_batch.greenlet.dead:
+                micro_batch.greenlet.throw(greenlet.GreenletExit)
+            micro_batch.greenlet = None
+        torch.set_grad_enabled(grad_enabled)
+        self._set_autocast(autocast)
 
     # --- weights and gradients -------------------------------------------------------------------------------------
 
@@ -651,6 +690,12 @@ class StepExecutor:
 
         def check(module: nn.Module, _args: Any, *, shards: frozenset[str]) -> None:
             missing = shards - self._bound.keys()
+            micro_batch = self._current
+            if missing and micro_batch is not None and micro_batch.greenlet is greenlet.getcurrent():
+                # The last layers were skipped for this micro-batch: here is where the epilogue begins.
+                if missing == {"epilogue"} and micro_batch.next_stop < len(self._layers):
+                    self._stop(micro_batch, len(self._layers))
+                missing = shards - self._bound.keys()
             if missing:
                 raise ModelError(
                     f"{type(module).__name__} was called while its weights (block {', '.join(sorted(missing))}) were on the "
@@ -710,6 +755,15 @@ class StepExecutor:
         torch.set_rng_state(state[0])
         if len(state) > 1:
             torch.cuda.set_rng_state(state[1], self._device.torch_device)
+
+    def _get_autocast(self) -> tuple[bool, torch.dtype]:
+        device_type = self._device.torch_device.type
+        return torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
+    def _set_autocast(self, autocast: tuple[bool, torch.dtype]) -> None:
+        device_type = self._device.torch_device.type
+        torch.set_autocast_enabled(device_type, autocast[0])
+        torch.set_autocast_dtype(device_type, autocast[1])
 
     def _autocast(self, autocast: tuple[bool, torch.dtype]) -> torch.autocast:
         # Without the cache: it would return casts of weights that have been replaced since.

@@ -1,11 +1,10 @@
-"""What stands around an OffloadedAdamW in its tests: a store, weights, gradients, a lazy drive, plain torch."""
+"""What stands around an OffloadedAdamW in its tests: store, weights, gradients, a lazy drive, plain torch."""
 
 from __future__ import annotations
 
 import contextlib
 import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -189,7 +188,7 @@ class Trainer:
         dtype: str = "bfloat16",
         spilled: Sequence[str] = (),
         resident: Sequence[str] = (),
-        num_records: int = 3,
+        num_records: float = 3,
         gradient_bytes: int = 1 << 20,
         max_grad_norm: float | None = None,
         masters: Gradients | None = None,
@@ -197,6 +196,7 @@ class Trainer:
         groups: Callable[[Mapping[str, Any]], list[dict[str, Any]]] = _groups,
         **hyperparameters: Any,
     ) -> None:
+        self._threads_before = frozenset(threading.enumerate())
         self.engine, self.dtype = engine, dtype
         self.layouts = layouts(dtype)
         self.folder = folder
@@ -208,7 +208,7 @@ class Trainer:
         self.gradients = GarbagePool(gradient_bytes, name="gradients")
         record_class_bytes = 65536  # of a bfloat16 record of CHUNK elements, with or without its gradient
         resident_bytes = len(resident) * (1 << 18)
-        self.records = GarbagePool(num_records * record_class_bytes + resident_bytes, name="records")
+        self.records = GarbagePool(int(num_records * record_class_bytes) + resident_bytes, name="records")
         if not opened:
             self._fill(masters or initial_masters())
         self.resident: dict[str, Buffer] = {
@@ -220,6 +220,8 @@ class Trainer:
             for name, shape in shapes.items()
         }
         self.num_dropped = 0
+        self.seen: dict[str, ByteArray] = {}
+        """Weights that the last forward pass would have computed with, where an update came first."""
         self.optimizer = OffloadedAdamW(
             groups(self.parameters),
             names={p: name for name, p in self.parameters.items() if name not in FROZEN},
@@ -262,7 +264,7 @@ class Trainer:
                 self.engine.write(self.store.extent(layout.weight_name, 0), array).wait()
         self.store.commit(step=0, slots={}, checksums={}, state={})
 
-    # --- what fuyou's executor does ------------------------------------------------------------------------
+    # --- what fuyou's executor does -------------------------------------------------------------------------
 
     def _read(self, shard: str) -> tuple[Buffer, ByteArray, Transfer]:
         layout = self.layouts[shard]
@@ -279,9 +281,13 @@ class Trainer:
             transfer.wait()
             buffer.release()
             return
-        job = self.start_update(shard, buffer, array, transfer)
-        with contextlib.suppress(OSError):  # the optimizer tells of it
+        shared = SharedBuffer(buffer)
+        job = self.optimizer.start_pending_update(shard, array, [transfer], shared.release)
+        self.seen.pop(shard, None)
+        with contextlib.suppress(Exception):  # the optimizer tells of it
             job.wait_ready()
+            self.seen[shard] = array.copy()
+        shared.release()
 
     def start_update(self, shard: str, buffer: Buffer, array: ByteArray, transfer: Transfer) -> UpdateJob:
         return self.optimizer.start_pending_update(shard, array, [transfer], buffer.release)
@@ -328,10 +334,9 @@ class Trainer:
         for pool in (self.weights, self.gradients, self.records):
             assert pool.used_bytes == 0, pool.name
             pool.close()
-        names = [thread.name for thread in threading.enumerate()]
-        assert not [name for name in names if name.startswith("fuyou-")]
+        assert not own_threads(self._threads_before)
 
-    # --- checks ----------------------------------------------------------------------------------------------
+    # --- checks ---------------------------------------------------------------------------------------------
 
     def check(self, plain: PlainAdamW) -> None:
         """Every bit of masters, moments and weights, as the optimizer and as the drive have them."""
@@ -351,14 +356,32 @@ class Trainer:
             with self.weights.acquire(layout.weight_bytes) as buffer:
                 array = buffer.array[: layout.weight_bytes]
                 self.engine.read(self.store.extent(layout.weight_name), array).wait()
-                for p in layout.parameters:
-                    master = plain.state_of(p.name)[0]
-                    if self.dtype == "bfloat16":
-                        expected = round_half_up_to_bfloat16(master).view(torch.int16).numpy()
-                        assert np.array_equal(array.view(np.int16)[p.start : p.stop], expected), p.name
-                    else:
-                        assert np.array_equal(array.view(np.float32)[p.start : p.stop], master.numpy())
+                self.check_weights(layout, array, plain)
         assert self.store.verify() == []
+
+    def check_weights(self, layout: ShardLayout, array: ByteArray, plain: PlainAdamW) -> None:
+        """A weight extent's bytes against the masters."""
+        for p in layout.parameters:
+            master = plain.state_of(p.name)[0]
+            if self.dtype == "bfloat16":
+                expected = round_half_up_to_bfloat16(master).view(torch.int16).numpy()
+                assert np.array_equal(array.view(np.int16)[p.start : p.stop], expected), p.name
+            else:
+                assert np.array_equal(array.view(np.float32)[p.start : p.stop], master.numpy()), p.name
+
+
+class SharedBuffer:
+    """Two users: the forward pass and the update in it."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        self._buffer, self._lock, self._num_users = buffer, threading.Lock(), 2
+
+    def release(self) -> None:
+        with self._lock:
+            self._num_users -= 1
+            last = self._num_users == 0
+        if last:
+            self._buffer.release()
 
 
 def _arrive(gradient: ShardGradient, gradients: Gradients) -> None:
@@ -367,14 +390,6 @@ def _arrive(gradient: ShardGradient, gradients: Gradients) -> None:
             gradient.array[p.start : p.stop] = gradients[p.name]
 
 
-@contextlib.contextmanager
-def within(seconds: float) -> Iterator[Callable[[Callable[[], bool]], None]]:
-    """Waits for conditions that another thread brings about; fails when they do not come."""
-    end = time.monotonic() + seconds
-
-    def until(condition: Callable[[], bool]) -> None:
-        while not condition():
-            assert time.monotonic() < end, "it never came"
-            time.sleep(0.001)
-
-    yield until
+def own_threads(before: frozenset[threading.Thread] = frozenset()) -> list[str]:
+    """Names of the optimizer's threads that are alive and were not before."""
+    return [t.name for t in threading.enumerate() if t not in before and t.name.startswith("fuyou-")]

@@ -1,0 +1,279 @@
+"""The planner: cases worked out by hand, monotonic in memory, and its least budget really trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import fuyou
+from fuyou.costs import num_update_workers, state_bytes_per_parameter, step_flops, weight_bytes_per_parameter
+from fuyou.hardware import HardwareProfile
+from fuyou.plan import Plan
+from fuyou.planner import (
+    MIN_ACTIVATION_BYTES,
+    ShardSize,
+    least_memory,
+    make_plan,
+    overhead_bytes,
+    pooled_bytes,
+    predict,
+    traffic,
+)
+
+MIB = 2**20
+
+HARDWARE = HardwareProfile(
+    device="cpu",
+    num_cores=4,
+    compute_flops_per_second=1e9,
+    adam_parameters_per_second=1e9,
+    read_bytes_per_second=2e9,
+    write_bytes_per_second=1e9,
+    mixed_bytes_per_second=1e9,
+    host_memory_bytes=2**33,
+)
+
+
+def shard(name: str, millions: int, kind: str = "layer", borrowed: tuple[str, ...] = (), borrowed_bytes: int = 0) -> ShardSize:
+    """A bfloat16 block of `millions` x 2**20 parameters, its states in records of 20 MiB."""
+    n = millions * MIB
+    return ShardSize(
+        name=name,
+        kind=kind,
+        num_parameters=n,
+        trainable=True,
+        weight_bytes=2 * n,
+        state_bytes=10 * n,
+        gradient_bytes=4 * n,
+        record_bytes=10 * min(n, 2 * MIB),
+        gradient_chunk_bytes=4 * min(n, 2 * MIB),
+        borrowed=borrowed,
+        borrowed_bytes=borrowed_bytes,
+    )
+
+
+UNTIED = [shard("prologue", 4, "prologue"), *(shard(f"layers.{i}", 6) for i in range(8)), shard("epilogue", 4, "epilogue")]
+TIED = [*UNTIED[:-1], shard("epilogue", 1, "epilogue", ("prologue",), 8 * MIB)]
+
+
+def plan(shards: list[ShardSize], host_mib: int, *, clipping: bool = True) -> Plan:
+    return make_plan(
+        shards,
+        device="cpu",
+        compute_dtype="bfloat16",
+        host_memory_bytes=host_mib * MIB,
+        host_memory_reason="as given",
+        micro_batch_size=None,
+        clipping=clipping,
+        num_cores=4,
+        hardware=HARDWARE,
+    )
+
+
+def test_costs_by_hand() -> None:
+    assert [weight_bytes_per_parameter(d) for d in ("bfloat16", "float32")] == [2, 4]
+    assert [state_bytes_per_parameter(d) for d in ("bfloat16", "float32")] == [10, 8]
+    assert step_flops(10, 3) == 240
+    assert [num_update_workers("cpu", n) for n in (1, 2, 8)] == [1, 1, 4]
+    assert [num_update_workers("cuda", n) for n in (1, 2, 8)] == [1, 1, 6]
+
+
+def test_least_memory_by_hand() -> None:
+    """One layer's weights and gradient, two records with room for a spilled gradient's chunk."""
+    least = least_memory(UNTIED)
+    assert (least.weights, least.gradients, least.records) == (12 * MIB, 24 * MIB, 2 * 28 * MIB)
+    assert least.activations == MIN_ACTIVATION_BYTES == 8 * MIB
+    assert least.pool_bytes == 100 * MIB
+    assert least.host_memory_bytes == 120 * MIB
+    assert least.host_memory_bytes - overhead_bytes(least.host_memory_bytes) >= least.pool_bytes
+
+
+def test_least_memory_of_tied_weights_by_hand() -> None:
+    """The embedding's gradient stays open all along, beside the widest other; the head needs both weights."""
+    least = least_memory(TIED)
+    assert least.gradients == (16 + 24) * MIB
+    assert least.weights == 12 * MIB  # a layer; the epilogue with the embedding takes 2 + 8
+
+
+def test_large_budgets_leave_a_fixed_overhead() -> None:
+    assert overhead_bytes(600 * MIB) == overhead_bytes(2**40) == 96 * MIB
+    assert overhead_bytes(60 * MIB) == 10 * MIB
+    big = least_memory([shard("layers.0", 512)])
+    assert big.host_memory_bytes == big.pool_bytes + 96 * MIB
+
+
+@pytest.mark.parametrize("clipping", [True, False])
+@pytest.mark.parametrize("shards", [UNTIED, TIED])
+def test_least_budget_is_named_and_fits(shards: list[ShardSize], clipping: bool) -> None:
+    least = least_memory(shards).host_memory_bytes // MIB
+    with pytest.raises(fuyou.PlanError) as caught:
+        plan(shards, least - 1, clipping=clipping)
+    assert f'host_memory="{least}MiB"' in str(caught.value)
+    assert "1 MiB short" in str(caught.value)
+    made = plan(shards, least, clipping=clipping)
+    assert made.pool_bytes + made.overhead_bytes <= least * MIB
+    assert not any(b.weights_in_host or b.states_in_host for b in made.blocks)
+    assert all(b.gradient == ("spill" if clipping else "host") for b in made.blocks)
+
+
+def test_everything_is_kept_where_there_is_room() -> None:
+    made = plan(UNTIED, 4096)
+    assert all(b.weights_in_host and b.states_in_host and b.gradient == "host" for b in made.blocks)
+    read, written = traffic(made.blocks, made.update_window)
+    assert (read, written) == (0, 12 * 56 * MIB)
+
+
+def test_traffic_by_hand() -> None:
+    """Bytes a parameter: weights 2 x 2 read, 2 written; states 10 + 10; spilled gradients 4 + 4."""
+    clipped = plan(UNTIED, 120)
+    read, written = traffic(clipped.blocks, "forward")
+    # The epilogue's backward pass follows its forward pass: its weights are read once.
+    assert read == (4 + 10 + 4) * 56 * MIB - 2 * 4 * MIB
+    assert written == (2 + 10 + 4) * 56 * MIB
+    free = plan(UNTIED, 120, clipping=False)
+    assert traffic(free.blocks, "backward") == ((4 + 10) * 56 * MIB, 12 * 56 * MIB)
+
+
+def test_traffic_of_tied_weights_by_hand() -> None:
+    """The head reads the embedding once more."""
+    made = plan(TIED, 150, clipping=False)
+    assert made.blocks[0].num_borrowers == 1
+    assert not any(b.weights_in_host or b.states_in_host for b in made.blocks)
+    assert traffic(made.blocks, "backward")[0] == (4 + 10) * 53 * MIB + 2 * 4 * MIB
+
+
+def test_prediction_by_hand() -> None:
+    made = plan(UNTIED, 120, clipping=False)
+    predicted = predict(made.blocks, made.update_window, HARDWARE, num_tokens=100)
+    parameters = 56 * MIB
+    assert predicted.lane_seconds["gpu"] == 8 * parameters * 100 / 1e9
+    assert predicted.lane_seconds["cpu"] == parameters / 1e9
+    assert predicted.lane_seconds["ssd_read"] == 14 * parameters / 2e9
+    assert predicted.lane_seconds["ssd_write"] == 12 * parameters / 1e9
+    assert predicted.limiting_lane == "gpu"
+    assert predicted.seconds == 801 * parameters / 1e9
+
+
+@pytest.mark.parametrize("clipping", [True, False])
+@pytest.mark.parametrize("shards", [UNTIED, TIED], ids=["untied", "tied"])
+def test_more_memory_never_means_more_traffic(shards: list[ShardSize], clipping: bool) -> None:
+    least = least_memory(shards).host_memory_bytes // MIB
+    moved = []
+    for host_mib in range(least, least + 1400, 3):
+        made = plan(shards, host_mib, clipping=clipping)
+        assert made.pool_bytes + made.overhead_bytes <= host_mib * MIB
+        moved.append(sum(traffic(made.blocks, made.update_window)))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(moved))
+    assert moved[-1] < moved[0]
+
+
+@pytest.mark.parametrize("clipping", [True, False])
+def test_pools_hold_what_is_kept(clipping: bool) -> None:
+    """Beside what is kept, each pool still has the least, so that no step waits for itself."""
+    least = least_memory(TIED)
+    for host_mib in range(least.host_memory_bytes // MIB, 1400, 37):
+        made = plan(TIED, host_mib, clipping=clipping)
+        held = sum(pooled_bytes(b.gradient_bytes) for b in made.blocks if clipping and b.gradient == "host")
+        weights = sum(pooled_bytes(b.weight_bytes) for b in made.blocks if b.weights_in_host)
+        states = sum(pooled_bytes(b.state_bytes) for b in made.blocks if b.states_in_host)
+        assert made.gradient_pool_bytes - held >= least.gradients
+        assert made.weight_pool_bytes - weights >= least.weights
+        assert made.record_pool_bytes - states >= 2 * 20 * MIB
+        assert made.activation_pool_bytes >= least.activations
+
+
+def test_frozen_blocks_take_no_gradients_and_states() -> None:
+    shards = [dataclasses.replace(s, trainable=False) if s.name != "epilogue" else s for s in UNTIED]
+    least = least_memory(shards)
+    assert least.gradients == 16 * MIB
+    made = plan(shards, least.host_memory_bytes // MIB, clipping=False)
+    assert [b.name for b in made.blocks if b.state_bytes] == ["epilogue"]
+    assert traffic(made.blocks, "backward") == (4 * 56 * MIB + 10 * 4 * MIB, 12 * 4 * MIB)
+
+
+# --- with real models ------------------------------------------------------------------------------------------------
+
+
+def small_llama(*, tied: bool) -> LlamaConfig:
+    """1.3M parameters, an embedding that is wider than a layer."""
+    return LlamaConfig(
+        vocab_size=2048,
+        hidden_size=192,
+        intermediate_size=384,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        tie_word_embeddings=tied,
+        max_position_embeddings=64,
+    )
+
+
+def train(
+    config: LlamaConfig, folder: Path, host_memory: str, max_grad_norm: float | None, num_steps: int
+) -> tuple[int, float]:
+    """The committed step after so many, and the bytes that each but the first two moved."""
+    torch.manual_seed(0)
+    model = fuyou.from_config(
+        config, offload=fuyou.OffloadConfig(store=folder, device="cpu", host_memory=host_memory, compute_dtype="float32")
+    )
+    moved = 0
+    with model.fuyou:
+        optimizer = fuyou.AdamW(model, lr=1e-3, max_grad_norm=max_grad_norm)
+        for step in range(num_steps):
+            ids = torch.randint(0, config.vocab_size, (2, 8))
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step in (1, num_steps - 1):
+                # In the forward window a flush would begin updates early, and read what they need twice.
+                if max_grad_norm is None:
+                    model.fuyou.flush()
+                moved = sum(model.fuyou.bytes_moved) - moved
+        model.fuyou.flush()
+        return model.fuyou.committed_step, moved / max(1, num_steps - 2)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_training_at_exactly_the_least_budget(tied: bool, max_grad_norm: float | None, tmp_path: Path) -> None:
+    """Nothing waits for itself with the smallest pools; one MiB less is refused and leaves nothing on the drive."""
+    config = small_llama(tied=tied)
+    with pytest.raises(fuyou.PlanError) as caught:
+        train(config, tmp_path / "store", "1MiB", max_grad_norm, 1)
+    assert not (tmp_path / "store").exists()
+    named = str(caught.value).split('host_memory="')[1].split('"')[0]
+    with pytest.raises(fuyou.PlanError):
+        train(config, tmp_path / "store", f"{int(named.removesuffix('MiB')) - 1}MiB", max_grad_norm, 1)
+    assert not (tmp_path / "store").exists()
+    assert train(config, tmp_path / "store", named, max_grad_norm, 3)[0] == 3
+
+
+@pytest.mark.parametrize("extra_mib", [0, 14, 200])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_predicted_traffic_is_what_is_measured(
+    tied: bool, max_grad_norm: float | None, extra_mib: int, tmp_path: Path
+) -> None:
+    """In the steady state, within 2 %, from nothing kept to everything kept."""
+    config = small_llama(tied=tied)
+    offload = fuyou.OffloadConfig(store=tmp_path / "store", device="cpu", host_memory="1MiB", compute_dtype="float32")
+    with pytest.raises(fuyou.PlanError) as caught:
+        fuyou.plan_model(config, offload=offload, batch_size=2, sequence_length=8, max_grad_norm=max_grad_norm)
+    least_mib = int(str(caught.value).split('host_memory="')[1].split("MiB")[0])
+    host_memory = f"{least_mib + extra_mib}MiB"
+    made = fuyou.plan_model(
+        config,
+        offload=fuyou.OffloadConfig(store=tmp_path, device="cpu", host_memory=host_memory, compute_dtype="float32"),
+        batch_size=2,
+        sequence_length=8,
+        max_grad_norm=max_grad_norm,
+        hardware=HARDWARE,
+    )
+    assert made.prediction is not None
+    _, moved = train(config, tmp_path / "store", host_memory, max_grad_norm, 7)
+    assert moved == pytest.approx(made.prediction.bytes_read + made.prediction.bytes_written, rel=0.02)

@@ -1,0 +1,401 @@
+"""No committed step is ever lost: SIGKILL at random moments, other plans, moved directories, crashes while a store is made."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import fuyou
+from io_engine import Store, StoreError
+from tests.tiny_models import tiny_batches, tiny_model_config
+
+NUM_STEPS = 10
+SEED = 5
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def batches() -> list[dict[str, torch.Tensor]]:
+    return [step[0] for step in tiny_batches(tiny_model_config("llama"), NUM_STEPS, 1, batch_size=4, seed=SEED)]
+
+
+def open_model(store: Path, **offload: Any) -> Any:
+    options = {"device": "cpu", "micro_batch_size": 2, "host_memory": "64MiB"} | offload
+    return fuyou.from_config(tiny_model_config("llama"), offload=fuyou.OffloadConfig(store=store, **options), seed=SEED)
+
+
+def adamw(model: Any, max_grad_norm: float | None) -> Any:
+    return fuyou.AdamW(model, lr=3e-3, weight_decay=0.1, max_grad_norm=max_grad_norm)
+
+
+def train(
+    store: Path, max_grad_norm: float | None, *, until: int = NUM_STEPS, on_step: Callable[[int, float], None], **offload: Any
+) -> str:
+    """Train from where the store stands; returns how it was opened. Batch and dropout follow from the step's number."""
+    model = open_model(store, **offload)
+    with model.fuyou:
+        optimizer = adamw(model, max_grad_norm)
+        todo = batches()
+        while optimizer.step_count < until:
+            step = optimizer.step_count
+            loss = model(**todo[step]).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            on_step(step, model.fuyou.step_metrics()["loss"])
+    return str(model.fuyou.resumed)
+
+
+def exported(store: Path, folder: Path) -> dict[str, torch.Tensor]:
+    """The store's weights as plain transformers would load them."""
+    model = fuyou.open_store_model(store, host_memory="64MiB")
+    with model.fuyou:
+        model.save_pretrained(folder)
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(file)
+    return weights
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.fixture(scope="module", params=[None, 0.5], ids=["backward-window", "forward-window"])
+def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Losses and final weights of a run that nothing disturbed, for either window."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    losses: dict[int, float] = {}
+    train(folder / "store", request.param, on_step=losses.__setitem__)
+    weights = exported(folder / "store", folder / "out")
+    torch.set_num_threads(threads)
+    return request.param, losses, weights
+
+
+# A process that trains and says after each step what step and loss that was.
+CHILD = """
+import sys, time, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from tests.fuyou import test_resume as t
+
+limit = None if sys.argv[2] == "none" else float(sys.argv[2])
+def tell(step, loss):
+    print(step, loss.hex(), flush=True)
+    time.sleep(float(sys.argv[3]))
+print("opening", flush=True)
+print(t.train(Path(sys.argv[1]), limit, on_step=tell), flush=True)
+"""
+
+
+class Child:
+    """The process, and what it has said so far."""
+
+    def __init__(self, store: Path, max_grad_norm: float | None, pause_seconds: float = 0.0) -> None:
+        limit = "none" if max_grad_norm is None else str(max_grad_norm)
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", CHILD, str(store), limit, str(pause_seconds)],
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.losses: dict[int, float] = {}
+
+    def read_until(self, num_steps: int) -> bool:
+        """Read until so many more steps have returned; False if it ended before."""
+        assert self.process.stdout is not None
+        while num_steps:
+            line = self.process.stdout.readline()
+            if not line:
+                return False
+            words = line.split()
+            if words[0].isdigit():
+                self.losses[int(words[0])] = float.fromhex(words[1])
+                num_steps -= 1
+        return True
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        rest, _ = self.process.communicate()
+        for line in rest.splitlines():
+            words = line.split()
+            if words and words[0].isdigit() and len(words) == 2:
+                self.losses[int(words[0])] = float.fromhex(words[1])
+
+
+@pytest.mark.timeout(280)
+def test_sigkill_at_random_moments(uninterrupted: Any, tmp_path: Path) -> None:
+    """At most the two steps in flight are lost, and what follows is bit for bit the run that was never killed."""
+    max_grad_norm, expected, weights = uninterrupted
+    store, choose = tmp_path / "store", random.Random(20240 + int(max_grad_norm is None))
+    last_returned, num_killed = -1, 0
+    for _ in range(4):
+        child = Child(store, max_grad_norm)
+        going = child.read_until(choose.randint(1, 2))
+        if going:
+            time.sleep(choose.random() * 0.06)  # a step takes some 0.05 s
+            num_killed += 1
+        child.kill()
+        assert child.losses, "it was to be killed after a step"
+        first = min(child.losses)
+        # Steps count from 0 here: resumed at `first` means that `first` steps were committed.
+        assert last_returned + 1 - first <= 2
+        assert first <= last_returned + 1
+        for step, loss in child.losses.items():
+            assert loss == expected[step], (step, first)
+        last_returned = max(last_returned, *child.losses)
+        if last_returned == NUM_STEPS - 1:
+            break
+    assert num_killed >= 3
+    committed = Store.peek(store).step
+    assert last_returned + 1 - committed <= 2
+    losses: dict[int, float] = {}
+    resumed = train(store, max_grad_norm, on_step=losses.__setitem__)
+    assert resumed.startswith(f"resumed at step {committed} ")
+    assert losses == {step: loss for step, loss in expected.items() if step >= committed}
+    assert_same(exported(store, tmp_path / "out"), weights)
+    assert fuyou.verify_store(store) == []
+
+
+def test_resume_with_another_plan_in_a_moved_directory(uninterrupted: Any, tmp_path: Path) -> None:
+    """Memory, plan and place may change at any time without changing a bit."""
+    max_grad_norm, expected, weights = uninterrupted
+    losses: dict[int, float] = {}
+    train(tmp_path / "a", max_grad_norm, until=3, on_step=losses.__setitem__)
+    (tmp_path / "drive").mkdir()
+    shutil.move(tmp_path / "a", tmp_path / "drive" / "b")
+    tight = {"host_memory": "14MiB"}
+    train(tmp_path / "drive" / "b", max_grad_norm, until=5, on_step=losses.__setitem__, **tight)
+    model = open_model(tmp_path / "drive" / "b")
+    plan = model.fuyou.plan
+    model.fuyou.close()
+    edited = dataclasses.replace(
+        plan,
+        update_window="forward",
+        host_memory_bytes=2**30,
+        gradient_pool_bytes=2**28,
+        prefetch_depth=1,
+        num_io_threads=1,
+        blocks=tuple(
+            dataclasses.replace(b, states_in_host=False, weights_in_host=i % 2 == 0, gradient="spill" if i % 2 else "host")
+            for i, b in enumerate(plan.blocks)
+        ),
+    )
+    train(tmp_path / "drive" / "b", max_grad_norm, until=8, on_step=losses.__setitem__, plan=edited.to_json())
+    shutil.move(tmp_path / "drive" / "b", tmp_path / "c")
+    train(tmp_path / "c", max_grad_norm, on_step=losses.__setitem__)
+    assert losses == expected
+    assert_same(exported(tmp_path / "c", tmp_path / "out"), weights)
+
+
+# --- a crash while the store is made -----------------------------------------------------------------------------------
+
+CRASH = """
+import os, signal, sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from io_engine import Store
+import fuyou.runtime, fuyou.opening
+from tests.fuyou import test_resume as t
+
+where, number = sys.argv[2], int(sys.argv[3])
+
+def killing(function):
+    def wrapper(*args, **kwargs):
+        global number
+        number -= 1
+        if number < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+    return wrapper
+
+if where == "fill":
+    fuyou.opening.write_block = killing(fuyou.opening.write_block)
+elif where == "commit":
+    Store.commit = killing(Store.commit)
+elif where == "publish":
+    Store._publish = killing(Store._publish)
+elif where == "prewrite":
+    import io_engine.store
+    io_engine.store.write_zeros = killing(io_engine.store.write_zeros)
+t.train(Path(sys.argv[1]), 0.5, until=2, on_step=lambda *_: None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("where", "number"),
+    [
+        ("publish", 0),  # the store exists, without an extent
+        ("fill", 0),
+        ("fill", 2),
+        ("commit", 0),  # filled, not committed
+        ("prewrite", 0),  # the states' file is there, half written
+        ("publish", 2),  # the states' layout is written, the manifest does not name it
+    ],
+)
+def test_crash_while_the_store_is_made(where: str, number: int, tmp_path: Path) -> None:
+    """The next start goes on from there, to the same weights."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    crashed = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", CRASH, str(tmp_path / "store"), where, str(number)],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert crashed.returncode == -signal.SIGKILL, crashed.stderr[-2000:]
+    losses: dict[int, float] = {}
+    train(tmp_path / "store", 0.5, until=2, on_step=losses.__setitem__)
+    reference: dict[int, float] = {}
+    train(tmp_path / "reference", 0.5, until=2, on_step=reference.__setitem__)
+    assert losses == reference
+    assert_same(exported(tmp_path / "store", tmp_path / "out"), exported(tmp_path / "reference", tmp_path / "out2"))
+
+
+def test_failure_while_the_states_are_laid_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error leaves the model open and the store as it was; the next call succeeds."""
+    model = open_model(tmp_path / "store")
+    with model.fuyou:
+        before = sorted(os.listdir(tmp_path / "store"))
+
+        def fail(*_args: Any, **_kwargs: Any) -> None:
+            raise OSError(28, "No space left on device", "states")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("io_engine.store.write_zeros", fail)
+            with pytest.raises(OSError, match="No space left"):
+                adamw(model, None)
+        assert sorted(os.listdir(tmp_path / "store")) == before
+        optimizer = adamw(model, None)
+        model(**batches()[0]).loss.backward()
+        optimizer.step()
+    assert model.fuyou.committed_step == 1
+
+
+# --- stores that do not fit the run ------------------------------------------------------------------------------------
+
+
+def digest(store: Path) -> dict[str, str]:
+    """Every file of a store but its lock."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(store.iterdir()) if "lock" not in path.name
+    }
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    train(tmp_path / "store", None, until=2, on_step=lambda *_: None)
+    open_model(tmp_path / "store").fuyou.close()  # opening removes superseded files
+    return tmp_path / "store"
+
+
+def other_model(store: Path) -> Any:
+    return fuyou.from_config(tiny_model_config("gpt2"), offload=fuyou.OffloadConfig(store=store, device="cpu", host_memory="64MiB"))
+
+
+def other_seed(store: Path) -> Any:
+    return fuyou.from_config(
+        tiny_model_config("llama"), offload=fuyou.OffloadConfig(store=store, device="cpu", host_memory="64MiB"), seed=SEED + 1
+    )
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (other_model, StoreError, "another model"),
+        (lambda s: open_model(s, compute_dtype="float32"), StoreError, "compute_dtype='bfloat16'"),
+        (lambda s: open_model(s, micro_batch_size=1), fuyou.ConfigError, "micro_batch_size=1 conflicts"),
+        (other_seed, fuyou.ConfigError, f"seed={SEED + 1} conflicts"),
+        (lambda s: open_model(s, resume="never"), StoreError, 'resume="never"'),
+        (lambda s: open_model(s, resume=1), StoreError, "stands at step 2"),
+        (lambda s: open_model(s, host_memory="1MiB"), fuyou.PlanError, "short"),
+    ],
+    ids=["model", "compute_dtype", "micro_batch_size", "seed", "never", "step", "host_memory"],
+)
+def test_a_store_that_does_not_fit_is_refused_and_left_alone(
+    call: Callable[[Path], Any], error: type[Exception], message: str, trained: Path
+) -> None:
+    before = digest(trained)
+    with pytest.raises(error, match=message):
+        call(trained)
+    assert digest(trained) == before
+    # The lock is free again, and the run goes on.
+    model = open_model(trained, resume=2)
+    with model.fuyou:
+        assert model.fuyou.committed_step == 2
+
+
+@pytest.mark.parametrize("resume", ["must", 0, 3])
+def test_nothing_to_resume(resume: str | int, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no run"):
+        open_model(tmp_path / "store", resume=resume)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_store_that_was_never_filled_is_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`never` may fill it, `must` and exports refuse it."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fuyou.opening.write_block", _interrupt)
+        open_model(tmp_path / "store")
+    with pytest.raises(StoreError, match="never filled"):
+        open_model(tmp_path / "store", resume="must")
+    with pytest.raises(StoreError, match="never filled"):
+        fuyou.open_store_model(tmp_path / "store")
+    model = open_model(tmp_path / "store", resume="never")
+    assert model.fuyou.resumed.startswith("new store")
+    model.fuyou.close()
+
+
+def _interrupt(*_args: Any, **_kwargs: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_state_of_the_run_survives(tmp_path: Path) -> None:
+    """Hyperparameters are the caller's, but counts, moments and the caller's own state are the store's."""
+    model = open_model(tmp_path / "store")
+    with model.fuyou:
+        optimizer = adamw(model, 0.5)
+        assert optimizer.extra == {}
+        for step in range(3):
+            optimizer.commit_extra({"position": step})
+            model(**batches()[step]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        state = optimizer.state_of("model.norm.weight")
+    again = open_model(tmp_path / "store")
+    with again.fuyou:
+        optimizer = adamw(again, 0.5)
+        assert (optimizer.step_count, optimizer.extra) == (3, {"position": 2})
+        restored = optimizer.state_of("model.norm.weight")
+        assert torch.equal(restored.master, state.master)
+        assert torch.equal(restored.exp_avg_sq, state.exp_avg_sq)
+        assert restored.step == 3
+    assert json.loads(json.dumps(fuyou.inspect_store(tmp_path / "store")))["step"] == 3

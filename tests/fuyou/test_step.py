@@ -1,0 +1,553 @@
+"""The vertical step against plain torch: scaling, failures, misuse, frozen parts, other ways to call a model."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import fuyou
+import fuyou.runtime
+from fuyou.executor.device import Ready
+from fuyou.executor.step import micro_batch_seed
+from tests import reference
+from tests.reference import ReferenceTrainer
+from tests.tiny_models import Batch, tiny_batches, tiny_model_config
+
+OPTIONS: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Pair:
+    """A streamed model, and the plain one with the same weights; gradients clipped at 0.5 unless said."""
+
+    def __init__(
+        self,
+        folder: Path,
+        name: str = "llama",
+        *,
+        changes: dict[str, Any] | None = None,
+        max_grad_norm: float | None = 0.5,
+        freeze: Callable[[str], bool] = lambda _name: False,
+        host_memory: str = "96MiB",
+        micro_batch_size: int | None = 2,
+        trainable: list[str] | None = None,
+    ) -> None:
+        self.config = tiny_model_config(name)
+        for key, value in (changes or {}).items():
+            setattr(self.config, key, value)
+        offload = fuyou.OffloadConfig(
+            store=folder / "store",
+            device="cpu",
+            compute_dtype="float32",
+            micro_batch_size=micro_batch_size,
+            host_memory=host_memory,
+        )
+        self.model = fuyou.from_config(self.config, offload=offload, seed=7, trainable=trainable)
+        self.model.save_pretrained(folder / "start")
+        implementation = self.config._attn_implementation
+        self.plain = AutoModelForCausalLM.from_pretrained(
+            folder / "start", dtype=torch.float32, attn_implementation=implementation
+        )
+        for own, other in ((self.model, "streamed"), (self.plain, "plain")):
+            assert other
+            for parameter_name, parameter in own.named_parameters():
+                if freeze(parameter_name):
+                    parameter.requires_grad_(False)
+        if trainable is not None:
+            streamed = dict(self.model.named_parameters())
+            for parameter_name, parameter in self.plain.named_parameters():
+                parameter.requires_grad_(streamed[parameter_name].requires_grad)
+        self.reference = ReferenceTrainer(
+            self.plain, compute_dtype="float32", max_grad_norm=max_grad_norm, seed=7, **OPTIONS
+        )
+        self.optimizer = fuyou.AdamW(self.model, max_grad_norm=max_grad_norm, **OPTIONS)
+
+    def batch(self, num_micro_batches: int = 3, seed: int = 3) -> list[Batch]:
+        return tiny_batches(self.config, 1, num_micro_batches, seed=seed)[0]
+
+    def step(self, batch: dict[str, Any], scale: float = 1.0) -> tuple[float, float]:
+        loss = self.model(**batch).loss
+        (loss * scale).backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return self.model.fuyou.step_metrics()["loss"], self.optimizer.last_step.grad_norm
+
+    def assert_equal(self) -> None:
+        for name, master in self.reference.masters().items():
+            assert torch.equal(self.optimizer.state_of(name).master.flatten(), master.flatten()), name
+
+    def assert_nothing_held(self) -> None:
+        """No weight bound, no gradient and no activation in memory, no greenlet waiting."""
+        executor = self.model.fuyou._executor
+        assert not executor._bound
+        assert not executor._open
+        assert executor._hub is None
+        pools = {pool.name: pool.used_bytes for pool in self.model.fuyou._pools}
+        assert pools["activations"] == 0
+        self.optimizer.zero_grad()
+        assert pools["gradients"] == 0 or self.optimizer._pending
+
+
+@pytest.fixture(name="make")
+def _make(tmp_path: Path) -> Iterator[Callable[..., Pair]]:
+    made: list[Pair] = []
+
+    def make(*args: Any, **kwargs: Any) -> Pair:
+        made.append(Pair(tmp_path / str(len(made)), *args, **kwargs))
+        return made[-1]
+
+    yield make
+    for pair in made:
+        pair.model.fuyou.abandon()
+    del made
+    gc.collect()
+
+
+def joined(batch: list[Batch]) -> Batch:
+    return {key: torch.cat([m[key] for m in batch]) for key in batch[0]}
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@pytest.mark.parametrize("scale", [0.25, 8.0])
+def test_scaled_loss(make: Callable[..., Pair], scale: float, max_grad_norm: float | None) -> None:
+    """(loss * scale).backward(), a power of two: the bits of plain torch with the same scale."""
+    pair = make("llama_tied", max_grad_norm=max_grad_norm)
+    batch = pair.batch()
+    weights = [scale * weight for weight in reference.target_weights(batch)]
+    expected_norm = pair.reference.step(batch, weights)[1]
+    assert pair.step(joined(batch), scale)[1] == expected_norm
+    pair.assert_equal()
+
+
+def test_scale_that_rounds(make: Callable[..., Pair]) -> None:
+    """One third: equal up to rounding."""
+    pair = make()
+    batch = pair.batch()
+    expected = pair.reference.step(batch, [w / 3 for w in reference.target_weights(batch)])[1]
+    assert pair.step(joined(batch), 1 / 3)[1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_forward_without_backward_is_forgotten(make: Callable[..., Pair]) -> None:
+    """As in plain torch, where its graph is freed."""
+    pair = make(changes={"attention_dropout": 0.0})
+    batch = pair.batch()
+    pair.model(**joined(pair.batch(seed=8)))
+    expected = pair.reference.step(batch)
+    assert pair.step(joined(batch))[1] == expected[1]
+    pair.assert_equal()
+
+
+def test_older_or_used_losses_are_refused(make: Callable[..., Pair]) -> None:
+    """Their activations are gone; plain torch would keep two graphs."""
+    pair = make(changes={"attention_dropout": 0.0})
+    batch = pair.batch()
+    first = pair.model(**joined(pair.batch(seed=8))).loss
+    second = pair.model(**joined(batch)).loss
+    with pytest.raises(fuyou.ModelError, match="earlier forward pass"):
+        first.backward()
+    second.backward()
+    with pytest.raises(fuyou.ModelError, match="used already"):
+        pair.model.fuyou._backward(second.grad_fn.record if hasattr(second.grad_fn, "record") else None, 1.0)
+    pair.optimizer.step()
+    pair.reference.step(batch)
+    pair.assert_equal()
+
+
+class Broken(RuntimeError):
+    """Raised in the middle of a model."""
+
+
+@contextlib.contextmanager
+def failing(module: torch.nn.Module, at_call: int) -> Iterator[None]:
+    """The `at_call`-th call of a module raises."""
+    calls = 0
+
+    def hook(*_args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == at_call:
+            raise Broken
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@pytest.mark.parametrize("host_memory", ["96MiB", "14MiB"])
+@pytest.mark.parametrize(
+    ("where", "at_call"),
+    [
+        ("model.embed_tokens", 2),
+        ("model.layers.0.self_attn.q_proj", 1),
+        ("model.layers.1.mlp", 2),  # second micro-batch
+        ("model.layers.2.mlp", 5),  # when computed again in backward
+        ("model.layers.0.mlp", 6),
+        ("model.norm", 3),
+        ("lm_head", 1),
+    ],
+)
+def test_exceptions_leave_nothing_held(make: Callable[..., Pair], where: str, at_call: int, host_memory: str) -> None:
+    """The error of the model's own comes through; the next step is as if nothing had happened."""
+    pair = make(changes={"attention_dropout": 0.0}, host_memory=host_memory)
+    batch = pair.batch()
+    with pytest.raises(Broken), failing(pair.model.get_submodule(where), at_call):
+        pair.step(joined(batch))
+    pair.optimizer.zero_grad()
+    pair.assert_nothing_held()
+    assert torch.is_grad_enabled()
+    for seed in (3, 4):
+        expected = pair.reference.step(pair.batch(seed=seed))
+        assert pair.step(joined(pair.batch(seed=seed)))[1] == expected[1]
+    pair.assert_equal()
+
+
+def test_interrupts_leave_nothing_held(make: Callable[..., Pair]) -> None:
+    """Ctrl-C between two layers is no Exception."""
+    pair = make()
+
+    def interrupt(*_args: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = pair.model.model.layers[1].register_forward_pre_hook(interrupt)
+    for call in (pair.step, _evaluate(pair)):
+        with pytest.raises(KeyboardInterrupt):
+            call(joined(pair.batch()))
+        pair.assert_nothing_held()
+    handle.remove()
+    pair.step(joined(pair.batch()))
+
+
+def _evaluate(pair: Pair) -> Callable[[dict[str, Any]], Any]:
+    def call(batch: dict[str, Any]) -> Any:
+        with torch.no_grad():
+            return pair.model(**batch)
+
+    return call
+
+
+def test_parts_of_the_model_are_refused(make: Callable[..., Pair]) -> None:
+    """Their weights are on the drive."""
+    pair = make()
+    ids = torch.ones(1, 4, dtype=torch.long)
+    hidden = torch.zeros(1, 4, 64)
+    calls: list[Callable[[], Any]] = [
+        lambda: pair.model.model(input_ids=ids),
+        lambda: pair.model.model.layers[0](hidden),
+        lambda: pair.model.lm_head(hidden),
+        lambda: pair.model.get_input_embeddings()(ids),
+        lambda: pair.model.model.layers[0].mlp(hidden),
+    ]
+    for call in calls[:-1]:
+        with pytest.raises(fuyou.ModelError, match="on the drive"):
+            call()
+    # Inside of layers nothing is checked for speed: the result cannot pass for one.
+    assert torch.isnan(calls[-1]()).all()
+    pair.assert_nothing_held()
+
+
+def test_models_are_not_reentrant(make: Callable[..., Pair]) -> None:
+    """A hook that calls the model again."""
+    pair = make()
+    batch = joined(pair.batch(1))
+
+    def again(*_args: Any) -> None:
+        with torch.no_grad():
+            pair.model._executor_is_not_reached = True
+            pair.model.fuyou._executor.infer(batch)
+
+    handle = pair.model.model.norm.register_forward_pre_hook(again)
+    with pytest.raises(fuyou.ModelError, match="running already"):
+        pair.model(**batch)
+    handle.remove()
+
+
+def test_methods_that_would_work_on_placeholders_are_refused(make: Callable[..., Pair]) -> None:
+    """One sentence each."""
+    pair = make()
+    for call in (
+        pair.model.half,
+        pair.model.double,
+        lambda: pair.model.load_state_dict({}),
+        pair.model.gradient_checkpointing_enable,
+        pair.model.state_dict,
+    ):
+        with pytest.raises(fuyou.ModelError):
+            call()
+    pair.model.zero_grad()
+    with pytest.raises(fuyou.ModelError, match="cannot be set"):
+        next(pair.model.parameters()).grad = torch.zeros(1)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mixtral"])
+def test_hidden_states_and_attentions_may_be_asked_for(make: Callable[..., Pair], name: str) -> None:
+    """Also in training, where the outputs hold the loss alone."""
+    pair = make(name)
+    batch = pair.batch()
+    expected = pair.reference.step(batch)
+    assert pair.step(joined(batch) | {"output_hidden_states": True}) == expected
+    pair.assert_equal()
+    with torch.no_grad():
+        wanted = pair.plain.eval()(**batch[0], output_hidden_states=True)
+        found = pair.model.eval()(**batch[0], output_hidden_states=True)
+    assert len(found.hidden_states) == len(wanted.hidden_states)
+    for ours, theirs in zip(found.hidden_states, wanted.hidden_states, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_autocast_around_the_call(make: Callable[..., Pair]) -> None:
+    """bfloat16 autocast over float32 weights: the gradients of plain torch."""
+    pair = make(max_grad_norm=1e6)
+    batch = pair.batch()
+    norms = []
+    weights = reference.target_weights(batch)
+    losses = []
+    for index, (micro_batch, weight) in enumerate(zip(batch, weights, strict=True)):
+        torch.manual_seed(micro_batch_seed(7, 0, index))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = pair.plain(**micro_batch, use_cache=False).loss
+        losses.append(weight * float(loss.detach()))
+        torch.autograd.backward(loss, torch.tensor(weight, dtype=loss.dtype))
+    for _name, parameter in sorted(pair.plain.named_parameters()):
+        norms.append(reference.sum_of_squares(parameter.grad.flatten().numpy()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = pair.model(**joined(batch)).loss
+    loss.backward()
+    pair.optimizer.step()
+    assert pair.model.fuyou.step_metrics()["loss"] == reference.sum_in_order(losses)
+    assert pair.optimizer.last_step.grad_norm == reference.sum_in_order(norms) ** 0.5
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_float16_autocast_is_refused(make: Callable[..., Pair]) -> None:
+    """It needs a scaler."""
+    pair = make()
+    with pytest.raises(fuyou.ConfigError, match="float16"), torch.autocast("cpu", dtype=torch.float16):
+        pair.model(**joined(pair.batch()))
+
+
+def test_other_arguments(make: Callable[..., Pair]) -> None:
+    """No mask; positions given; embeddings instead of ids."""
+    pair = make(changes={"attention_dropout": 0.0})
+    ids = torch.randint(3, 128, (4, 10), generator=torch.Generator().manual_seed(0))
+    embeddings = torch.randn(4, 10, 64, generator=torch.Generator().manual_seed(1))
+    variants: list[dict[str, torch.Tensor]] = [
+        {"input_ids": ids, "labels": ids},
+        {"input_ids": ids, "labels": ids, "position_ids": torch.arange(5, 15).expand(4, 10)},
+        {"inputs_embeds": embeddings, "labels": ids},
+    ]
+    for variant in variants:
+        batch = [{k: v[:2] for k, v in variant.items()}, {k: v[2:] for k, v in variant.items()}]
+        expected = pair.reference.step(batch)
+        assert pair.step(variant) == expected
+        pair.assert_equal()
+
+
+def test_embeddings_that_need_a_gradient(make: Callable[..., Pair]) -> None:
+    """They are the caller's own leaf, which gets its gradient."""
+    pair = make(changes={"attention_dropout": 0.0}, max_grad_norm=1e6)
+    ids = torch.randint(3, 128, (2, 10), generator=torch.Generator().manual_seed(0))
+    leaves = [torch.randn(2, 10, 64, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2)]
+    pair.plain(inputs_embeds=leaves[0], labels=ids).loss.backward()
+    pair.model(inputs_embeds=leaves[1], labels=ids).loss.backward()
+    assert leaves[0].grad is not None
+    assert leaves[1].grad is not None
+    assert torch.equal(leaves[0].grad, leaves[1].grad)
+
+
+def test_labels_are_needed_for_training_only(make: Callable[..., Pair]) -> None:
+    """Outputs with gradients are a later version's."""
+    pair = make("gpt2")
+    batch = pair.batch(1)[0]
+    del batch["labels"]
+    with pytest.raises(fuyou.ModelError, match="labels"):
+        pair.model(**batch)
+    with torch.no_grad():
+        assert torch.equal(pair.model.eval()(**batch).logits, pair.plain.eval()(**batch).logits)
+
+
+def test_uneven_micro_batches(make: Callable[..., Pair]) -> None:
+    """Seven rows by threes, the middle three without a label."""
+    pair = make(micro_batch_size=3, changes={"attention_dropout": 0.0})
+    rows = tiny_batches(pair.config, 1, 1, batch_size=7, seed=1)[0][0]
+    rows["labels"][3:6] = -100
+    expected = pair.reference.step([{k: v[:3] for k, v in rows.items()}, {k: v[6:] for k, v in rows.items()}])
+    assert pair.step(rows) == expected
+    pair.assert_equal()
+
+
+def test_no_labels_at_all(make: Callable[..., Pair]) -> None:
+    """Said, not NaN."""
+    pair = make()
+    batch = pair.batch(1)[0]
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    with pytest.raises(fuyou.DataError, match="no label tokens"):
+        pair.model(**batch)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@pytest.mark.parametrize(
+    "frozen",
+    [
+        ("model.embed_tokens", "model.layers.0.", "model.layers.1."),
+        ("lm_head", "model.norm"),
+        ("model.layers.1.",),
+        ("mlp",),
+        ("model.embed_tokens",),
+    ],
+    ids=["lower part", "epilogue", "middle layer", "parts of layers", "embedding"],
+)
+def test_frozen_parts(make: Callable[..., Pair], frozen: tuple[str, ...], max_grad_norm: float | None) -> None:
+    """requires_grad_(False) before the optimizer is made."""
+    pair = make(freeze=lambda name: any(part in name for part in frozen), max_grad_norm=max_grad_norm)
+    for seed in (3, 4):
+        batch = pair.batch(seed=seed)
+        assert pair.step(joined(batch)) == pair.reference.step(batch)
+    pair.assert_equal()
+    spans = {span.name for trace in pair.model.fuyou.trace.steps for span in trace.spans}
+    assert ("layer 0 backward" in spans) == ("model.layers.0." not in frozen)
+
+
+def test_trainable_patterns(make: Callable[..., Pair]) -> None:
+    """The same by the names of what is trained."""
+    pair = make(trainable=[r"model\.layers\.2\..*", r".*norm.*"])
+    assert not pair.model.lm_head.weight.requires_grad
+    for seed in (3, 4):
+        batch = pair.batch(seed=seed)
+        assert pair.step(joined(batch)) == pair.reference.step(batch)
+    pair.assert_equal()
+
+
+def test_layer_drop(make: Callable[..., Pair]) -> None:
+    """Layers left out for some micro-batches, the last one too; where all are, sums are made in another order."""
+    pair = make("opt", changes={"layerdrop": 0.5})
+    for seed in range(4):
+        batch = pair.batch(seed=seed)
+        assert pair.step(joined(batch)) == pytest.approx(pair.reference.step(batch), rel=1e-6)
+
+
+def test_random_numbers_of_the_caller_are_left_alone(make: Callable[..., Pair]) -> None:
+    """Training draws from generators of its own."""
+    pair = make("gpt2")
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    pair.step(joined(pair.batch()))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_evaluation_between_steps(make: Callable[..., Pair]) -> None:
+    """Losses and logits of the weights as they are, dropout on in training mode, and generation."""
+    pair = make("gpt2")
+    batch = pair.batch()
+    assert pair.step(joined(batch)) == pair.reference.step(batch)
+    for mode in (False, True):
+        pair.model.train(mode)
+        pair.plain.train(mode)
+        with torch.no_grad():
+            torch.manual_seed(0)
+            found = pair.model(**batch[0])
+            torch.manual_seed(0)
+            expected = pair.plain(**batch[0])
+        assert torch.equal(found.loss, expected.loss)
+        assert torch.equal(found.logits, expected.logits)
+    pair.model.eval()
+    pair.plain.eval()
+    ids = batch[0]["input_ids"][:1, :4]
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(pair.model.generate(ids, **options), pair.plain.generate(ids, **options))
+    pair.model.train()
+    pair.plain.train()
+    assert pair.step(joined(batch)) == pair.reference.step(batch)
+    pair.assert_equal()
+
+
+class LateDevice:
+    """Memory of its own; downloads arrive only when they are waited for, uploads check that nothing came too soon.
+
+    What CUDA would do wrong now and then for a missing wait, this does every time.
+    """
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+        self.num_uploads = self.num_downloads = 0
+
+    def upload(self, host: torch.Tensor) -> tuple[torch.Tensor, Ready]:
+        device = host.clone()
+        seen = host.clone()
+        done = False
+
+        def ready() -> None:
+            nonlocal done
+            if not done:
+                done = True
+                assert torch.equal(_bits(seen), _bits(host)), "the host changed memory that was still being uploaded"
+
+        self.num_uploads += 1
+        return device, ready
+
+    def download(self, device: torch.Tensor, host: torch.Tensor) -> Ready:
+        source = device.clone()
+        host.fill_(float("nan"))
+        done = False
+
+        def ready() -> None:
+            nonlocal done
+            if not done:
+                done = True
+                host.copy_(source)
+
+        self.num_downloads += 1
+        return ready
+
+    def gradient_sum(self, host: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(host, float("nan"))
+
+    def current(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def synchronize(self) -> None:
+        pass
+
+    def peak_bytes(self) -> int:
+        return 1
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous().view(torch.uint8)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@pytest.mark.parametrize("host_memory", ["96MiB", "14MiB"])
+@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "qwen3_moe"])
+def test_device_with_memory_of_its_own(
+    make: Callable[..., Pair],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    host_memory: str,
+    max_grad_norm: float | None,
+) -> None:
+    """Every copy to and from the device is waited for before its bytes are used: the same bits as without copies."""
+    device = LateDevice()
+    monkeypatch.setattr(fuyou.runtime, "make_device", lambda *_args: device)
+    pair = make(name, host_memory=host_memory, max_grad_norm=max_grad_norm)
+    for seed in (3, 4, 5):
+        batch = pair.batch(seed=seed)
+        assert pair.step(joined(batch)) == pair.reference.step(batch)
+    pair.assert_equal()
+    assert device.num_uploads > 0
+    assert device.num_downloads > 0

@@ -1,0 +1,168 @@
+"""Bytes per trainable parameter and step: by the engine's own counters, and by the kernel's of the drive."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import fuyou
+from fuyou.plan import Plan
+
+BFLOAT16_LIMIT, FLOAT32_LIMIT, SPILLED_LIMIT = 26.5, 28.5, 8.1
+NUM_STEPS = 5
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def config() -> LlamaConfig:
+    """10.7M parameters: padding to 64 elements and 4096 bytes vanishes."""
+    return LlamaConfig(
+        vocab_size=256,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        tie_word_embeddings=False,
+        max_position_embeddings=64,
+    )
+
+
+def edited_plan(folder: Path, dtype: str, max_grad_norm: float | None, **changes: Any) -> Plan:
+    """A roomy plan in which every block is changed."""
+    plan = fuyou.plan_model(
+        config(),
+        offload=fuyou.OffloadConfig(store=folder, device="cpu", host_memory="2GiB", compute_dtype=dtype),
+        batch_size=2,
+        sequence_length=8,
+        max_grad_norm=max_grad_norm,
+    )
+    return dataclasses.replace(plan, blocks=tuple(dataclasses.replace(b, **changes) for b in plan.blocks))
+
+
+class Measured:
+    """Steps of a run, in bytes per parameter: the mean of all but the first two, and the last one's metrics."""
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: Plan,
+        max_grad_norm: float | None,
+        num_steps: int = NUM_STEPS,
+        drive: Callable[[], tuple[int, int]] = lambda: (0, 0),
+    ) -> None:
+        model = fuyou.from_config(
+            config(),
+            offload=fuyou.OffloadConfig(store=folder, device="cpu", compute_dtype=plan.compute_dtype, plan=plan),
+        )
+        with model.fuyou:
+            optimizer = fuyou.AdamW(model, max_grad_norm=max_grad_norm)
+            parameters = model.fuyou.plan.num_parameters
+            before, drive_before = model.fuyou.bytes_moved, drive()
+            steps = []
+            for _ in range(num_steps):
+                ids = torch.randint(0, 256, (2, 8))
+                model(input_ids=ids, labels=ids).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                # Without it, the last writes of a step are counted with the next one; it moves nothing itself here.
+                if plan.update_window == "backward":
+                    model.fuyou.flush()
+                steps.append(model.fuyou.step_metrics())
+            model.fuyou.flush()
+            after, drive_after = model.fuyou.bytes_moved, drive()
+        steady = steps[2:]
+        # By the engine's counters, which step_metrics gives a step at a time.
+        self.spilled = sum(s["bytes_spilled"] for s in steady) / len(steady) / parameters
+        self.total = sum(s["bytes_read"] + s["bytes_written"] for s in steady) / len(steady) / parameters
+        self.engine_bytes = after[0] - before[0], after[1] - before[1]
+        self.drive_bytes = drive_after[0] - drive_before[0], drive_after[1] - drive_before[1]
+
+
+NOTHING_KEPT = {"weights_in_host": False, "states_in_host": False}
+
+
+def test_clipping_off(tmp_path: Path) -> None:
+    """bfloat16: weights 2 x 2 read and 2 written, states 10 read and 10 written."""
+    measured = Measured(tmp_path / "s", edited_plan(tmp_path, "bfloat16", None, **NOTHING_KEPT), None)
+    assert 25.5 < measured.total <= BFLOAT16_LIMIT
+    assert measured.spilled == 0
+
+
+def test_gradients_held_in_memory(tmp_path: Path) -> None:
+    plan = edited_plan(tmp_path, "bfloat16", 1.0, **NOTHING_KEPT)
+    assert {b.gradient for b in plan.blocks} == {"host"}
+    measured = Measured(tmp_path / "s", plan, 1.0)
+    assert 25.5 < measured.total <= BFLOAT16_LIMIT
+    assert measured.spilled == 0
+
+
+def test_gradients_spilled(tmp_path: Path) -> None:
+    """They are counted apart: 4 bytes out and 4 back."""
+    plan = edited_plan(tmp_path, "bfloat16", 1.0, **NOTHING_KEPT, gradient="spill")
+    measured = Measured(tmp_path / "s", plan, 1.0)
+    assert 7.9 < measured.spilled <= SPILLED_LIMIT
+    assert measured.total <= BFLOAT16_LIMIT + SPILLED_LIMIT
+    assert 25.5 < measured.total - measured.spilled <= BFLOAT16_LIMIT
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_float32(max_grad_norm: float | None, tmp_path: Path) -> None:
+    """The master is the weight: 4 x 2 read and 4 written, m and v 8 read and 8 written."""
+    plan = edited_plan(tmp_path, "float32", max_grad_norm, **NOTHING_KEPT)
+    measured = Measured(tmp_path / "s", plan, max_grad_norm)
+    assert 27.5 < measured.total <= FLOAT32_LIMIT
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize(("weights", "states", "saved"), [(True, False, 4), (False, True, 10), (True, True, 14)])
+def test_less_with_what_is_kept_in_memory(
+    weights: bool, states: bool, saved: int, max_grad_norm: float | None, tmp_path: Path
+) -> None:
+    plan = edited_plan(tmp_path, "bfloat16", max_grad_norm, weights_in_host=weights, states_in_host=states)
+    measured = Measured(tmp_path / "s", plan, max_grad_norm)
+    assert measured.total == pytest.approx(26 - saved, abs=0.5)
+    assert measured.total >= 11.5  # every step is still written through
+
+
+def kernel_counters(path: Path) -> Callable[[], tuple[int, int]] | None:
+    """Bytes read and written by this process according to the kernel, or None if it does not tell."""
+
+    def read() -> tuple[int, int]:
+        fields = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+        return int(fields["read_bytes"]), int(fields["write_bytes"])
+
+    try:
+        before = read()[1]
+        with open(path / "probe", "wb") as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+        return read if read()[1] - before >= 2**20 else None
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def test_the_kernel_counts_the_same(tmp_path: Path) -> None:
+    """What the engine says it moved is what went to and from the drive: no page cache in between, no write twice."""
+    counters = kernel_counters(tmp_path)
+    if counters is None:
+        pytest.skip("/proc/self/io does not count this file system's transfers (tmpfs, or a kernel without it)")
+    plan = edited_plan(tmp_path, "bfloat16", None, **NOTHING_KEPT)
+    measured = Measured(tmp_path / "s", plan, None, drive=counters)
+    for drive_bytes, engine_bytes in zip(measured.drive_bytes, measured.engine_bytes, strict=True):
+        assert engine_bytes > 2**28
+        # Manifests and the file system's own blocks come on top.
+        assert engine_bytes <= drive_bytes <= 1.05 * engine_bytes
