@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fuyou.executor.step import micro_batch_seed
     from fuyou.hardware import HardwareProfile, measure_hardware
     from fuyou.opening import (
-        adamw as AdamW,  # noqa: N812
+        adamw as AdamW,
     )
     from fuyou.opening import (
         from_config,

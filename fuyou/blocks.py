@@ -76,15 +76,13 @@ def _find_layers(model: nn.Module) -> tuple[str, str]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     no_split = set(getattr(model, "_no_split_modules", None) or ())
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
     num_layers = getattr(text_config, "num_hidden_layers", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{type(model).__name__} is an encoder-decoder model: only decoder-only models are supported")
     lists = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) > 0
+        name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module) > 0
     }
     # A list in a list of layers (experts, heads) is no second candidate.
     outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
@@ -111,13 +109,13 @@ def _find_layers(model: nn.Module) -> tuple[str, str]:
             f"the decoder layers of {type(model).__name__} were not found for certain (lists of modules: {candidates}); "
             f'name them: OffloadConfig(blocks="{found[0][1] if found else "model.layers"}")'
         )
-    name, signals = chosen[0]
-    return name, f"{name} by {signals}"
+    name, agreed = chosen[0]
+    return name, f"{name} by {agreed}"
 
 
 def _decoder_prefix(model: nn.Module) -> str:
     """Where the text decoder of a model with other towers is, as the beginning of its modules' names."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
+    decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else None  # type: ignore[operator]
     for name, module in model.named_modules():
         if module is decoder and name and any(isinstance(m, nn.ModuleList) for m in module.modules()):
             return f"{name}."
@@ -255,14 +253,18 @@ def meta_model(config: Any, dtype: torch.dtype, **kwargs: Any) -> Iterator[nn.Mo
 @contextlib.contextmanager
 def _nan_in_new_memory() -> Iterator[None]:
     """torch.empty gives NaN: what no constructor has set is then told from what one has."""
-    enabled, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    settings: Any = torch.utils.deterministic  # its attributes are unknown to the type checker
+    filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        settings.fill_uninitialized_memory = filled
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
@@ -290,8 +292,8 @@ def _constructors_values_kept() -> Iterator[None]:
         if value is not None:
             module.__dict__.setdefault(CONSTRUCTED_VALUES, {})[name] = value
 
-    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    nn.Module.register_parameter = register  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
-        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+        nn.Module.register_parameter = register_on_meta

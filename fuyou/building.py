@@ -55,9 +55,9 @@ class StreamedParameter(nn.Parameter):
 
     def take_gradient(self) -> torch.Tensor | None:
         """The gradient that autograd has left here, which is forgotten here."""
-        descriptor = torch.Tensor.grad
-        gradient: torch.Tensor | None = descriptor.__get__(self)  # type: ignore[attr-defined]
-        descriptor.__set__(self, None)  # type: ignore[attr-defined]
+        descriptor: Any = torch.Tensor.grad
+        gradient: torch.Tensor | None = descriptor.__get__(self)
+        descriptor.__set__(self, None)
         return gradient
 
 
@@ -109,8 +109,8 @@ def random_blocks(model: nn.Module, blocks: ModelBlocks, seed: int, write: Block
     placeholders = list(model.parameters())
     try:
         # A module may hold parameters of several blocks (a tied weight and a bias of its own): only this block's are made.
-        for parameter in placeholders:
-            parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+        for made in placeholders:
+            made._is_hf_initialized = True  # type: ignore[attr-defined]
         for number, block in enumerate(blocks.blocks):
             first_holders = {(id(owners[name][0][0]), owners[name][0][1]) for name in block.parameters}
             torch.manual_seed((seed * 1_000_003 + number) & (2**63 - 1))
@@ -289,7 +289,7 @@ def load_blocks(model: nn.Module, blocks: ModelBlocks, folder: Path, dtype: torc
         with contextlib.ExitStack() as stack:
             opened = {file: stack.enter_context(safe_open(file, framework="pt")) for file in {f for f, _ in entries}}
             slices = {key: opened[file].get_slice(key) for file, key in entries}
-            config = LoadStateDictConfig(dtype=dtype, weight_mapping=mapping)
+            config = LoadStateDictConfig(dtype=dtype, weight_mapping=mapping)  # type: ignore[arg-type]
             return convert_and_load_state_dict_in_model(model, slices, config)[0]  # type: ignore[arg-type]
 
     with _quietly_sequential():
@@ -307,7 +307,9 @@ def load_blocks(model: nn.Module, blocks: ModelBlocks, folder: Path, dtype: torc
                 for name, holders in originals.items():
                     loaded = [m._parameters[a] for m, a, old in holders if m._parameters[a] is not old]
                     if not loaded or loaded[0] is None:
-                        raise ModelError(f"{folder}: {name} is missing in the checkpoint; it does not belong to this config")
+                        raise ModelError(
+                            f"{folder}: {name} is missing in the checkpoint; it does not belong to this config"
+                        )
                     values[name] = loaded[0].detach()
                 write(block, values)
             finally:

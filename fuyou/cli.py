@@ -205,9 +205,7 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", _train, "train a recipe, or continue it")
     _add_recipe(train)
     train.add_argument("--steps", type=_positive, metavar="N", help="stop cleanly after N further steps")
-    train.add_argument(
-        "--resume", type=_resume, metavar="auto|never|must|STEP", help="instead of offload.resume"
-    )
+    train.add_argument("--resume", type=_resume, metavar="auto|never|must|STEP", help="instead of offload.resume")
     train.add_argument("--quiet", action="store_true", help="print errors only")
 
     for name, command, text in (
@@ -318,8 +316,7 @@ def _explain(error: BaseException) -> tuple[int, str]:
         return EXIT_FAILED, text
     if type(error).__name__ == "OutOfMemoryError":
         return EXIT_FAILED, (
-            f"the GPU's memory is used up ({text.splitlines()[0]}): lower offload.micro_batch_size or "
-            "data.max_length"
+            f"the GPU's memory is used up ({text.splitlines()[0]}): lower offload.micro_batch_size or data.max_length"
         )
     if isinstance(error, MemoryError):
         return EXIT_FAILED, f"the host's memory is used up ({text}): lower offload.host_memory"

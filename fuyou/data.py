@@ -77,9 +77,7 @@ class TokenRows:
         return f"xxh3:{digest.hexdigest()}"
 
 
-def collate(
-    rows: TokenRows, indices: Sequence[int] | npt.NDArray[np.int64], pad_id: int
-) -> dict[str, torch.Tensor]:
+def collate(rows: TokenRows, indices: Sequence[int] | npt.NDArray[np.int64], pad_id: int) -> dict[str, torch.Tensor]:
     """Rows as one batch, padded right.
 
     input_ids, attention_mask and labels: int64 in host memory, (rows, length of the longest).
@@ -149,11 +147,7 @@ class BatchOrder:
         return max(1, math.ceil(num_epochs * self.num_rows / self.rows_per_step - 1e-9))
 
     def _epoch(self, epoch: int) -> npt.NDArray[np.int64]:
-        return (
-            shuffled(self.num_rows, self.seed, epoch)
-            if self.shuffle
-            else np.arange(self.num_rows, dtype=np.int64)
-        )
+        return shuffled(self.num_rows, self.seed, epoch) if self.shuffle else np.arange(self.num_rows, dtype=np.int64)
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -170,9 +164,7 @@ class DataSet:
     """What was cut, dropped or chosen, for people."""
 
 
-def load_data(
-    section: DataSection, tokenizer: Tokenizer, *, seed: int, vocab_size: int | None = None
-) -> DataSet:
+def load_data(section: DataSection, tokenizer: Tokenizer, *, seed: int, vocab_size: int | None = None) -> DataSet:
     """Reads, tokenises and splits the rows of a recipe; blocks. `seed` chooses what is held out.
 
     `vocab_size` is the model's. Raises DataError for rows that cannot be used, ConfigError for options that
@@ -232,17 +224,11 @@ def _load_files(files: str | Sequence[str], file_format: str | None) -> Any:
             raise DataError(f"data file {str(path)!r} is empty")
     formats = {file_format or _format_by_ending(path) for path in paths}
     if len(formats) > 1:
-        raise ConfigError(
-            f"data files of several formats ({quoted(sorted(formats))}): use files of one format"
-        )
+        raise ConfigError(f"data files of several formats ({quoted(sorted(formats))}): use files of one format")
     try:
-        return datasets.load_dataset(
-            _LOADERS[formats.pop()], data_files=[str(path) for path in paths], split="train"
-        )
+        return datasets.load_dataset(_LOADERS[formats.pop()], data_files=[str(path) for path in paths], split="train")
     except Exception as error:  # parsers of several libraries, each with errors of its own
-        raise DataError(
-            f"data file {', '.join(map(str, paths))} cannot be read: {_root_cause(error)}"
-        ) from None
+        raise DataError(f"data file {', '.join(map(str, paths))} cannot be read: {_root_cause(error)}") from None
 
 
 def _format_by_ending(path: Path) -> str:
@@ -261,9 +247,7 @@ def _load_hub(section: DataSection, split: str) -> Any:
     try:
         return datasets.load_dataset(section.hub, section.hub_config, split=split)
     except Exception as error:  # network, hub and parsers, each with errors of its own
-        raise DataError(
-            f"data set {section.hub!r}, split {split!r}, cannot be loaded: {_root_cause(error)}"
-        ) from None
+        raise DataError(f"data set {section.hub!r}, split {split!r}, cannot be loaded: {_root_cause(error)}") from None
 
 
 def _columns(rows: Any) -> list[str]:
@@ -299,13 +283,9 @@ def _tokenise(
             f"data.max_length={max_length} tokens. Rows are empty, or prompts fill the whole length"
         )
     if counts["cut"]:
-        notes.append(
-            f"{source}: {counts['cut']} of {counts['rows']} rows cut to data.max_length={max_length} tokens"
-        )
+        notes.append(f"{source}: {counts['cut']} of {counts['rows']} rows cut to data.max_length={max_length} tokens")
     if counts["dropped"]:
-        notes.append(
-            f"{source}: {counts['dropped']} of {counts['rows']} rows left out: no label tokens in them"
-        )
+        notes.append(f"{source}: {counts['dropped']} of {counts['rows']} rows left out: no label tokens in them")
     return packed
 
 

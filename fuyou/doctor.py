@@ -94,8 +94,7 @@ def _packages() -> Iterator[Finding]:
     yield Finding(
         "kvikio",
         "note",
-        f"{found[0] if found else 'not installed'}; not used by this version, files are moved through host "
-        "memory",
+        f"{found[0] if found else 'not installed'}; not used by this version, files are moved through host memory",
     )
 
 
@@ -168,8 +167,7 @@ def _huge_pages() -> Iterator[Finding]:
         "huge pages",
         "note" if off else "ok",
         mode,
-        "reads and writes cost more time without them; an administrator can enable them: "
-        f"echo madvise > {path}"
+        f"reads and writes cost more time without them; an administrator can enable them: echo madvise > {path}"
         if off
         else "",
     )
@@ -186,9 +184,7 @@ def _descriptors() -> Iterator[Finding]:
         "open files",
         "problem" if low else "ok",
         f"at most {'unlimited' if soft == resource.RLIM_INFINITY else soft}",
-        f"ulimit -n {NEEDED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, 4096)}"
-        if low
-        else "",
+        f"ulimit -n {NEEDED_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, 4096)}" if low else "",
     )
 
 

@@ -31,4 +31,3 @@ class ModelError(FuyouError):
 
 class DataError(FuyouError):
     """A data set that cannot be used."""
-

@@ -68,7 +68,9 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def measure_hardware(directory: str | os.PathLike[str], device: str, compute_dtype: str = "bfloat16") -> HardwareProfile:
+def measure_hardware(
+    directory: str | os.PathLike[str], device: str, compute_dtype: str = "bfloat16"
+) -> HardwareProfile:
     """Measure compute, Adam and the drive under `directory` (or its nearest existing parent); blocks for seconds.
 
     The result is kept for `cached_hardware`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,11 +107,11 @@ def open_store_model(store: str | os.PathLike[str] | Sequence[str], *, host_memo
 
     Nothing in it requires gradients, so that a budget for one block's weights does.
     """
-    directories = OffloadConfig(store=store).store_directories  # type: ignore[arg-type]
+    directories = OffloadConfig(store=store).store_directories
     description = Store.peek(directories).description
     config = _config_from(description)
     offload = OffloadConfig(
-        store=store,  # type: ignore[arg-type]
+        store=store,
         host_memory=host_memory,
         compute_dtype=description["compute_dtype"],
         resume="must",
@@ -209,7 +209,7 @@ def plan_model(
 
 def inspect_store(store: str | os.PathLike[str] | Sequence[str]) -> dict[str, Any]:
     """What a store holds, as JSON; takes no lock and writes nothing. StoreError if it is none."""
-    directories = OffloadConfig(store=store).store_directories  # type: ignore[arg-type]
+    directories = OffloadConfig(store=store).store_directories
     snapshot = Store.peek(directories)
     shards = [ShardLayout.from_json(s) for s in snapshot.description.get("shards", [])]
     return {
@@ -236,7 +236,7 @@ def inspect_store(store: str | os.PathLike[str] | Sequence[str]) -> dict[str, An
 
 def verify_store(store: str | os.PathLike[str] | Sequence[str]) -> list[str]:
     """Read everything committed and compare it with its checksums; a sentence for each problem. Takes the lock."""
-    directories = OffloadConfig(store=store).store_directories  # type: ignore[arg-type]
+    directories = OffloadConfig(store=store).store_directories
     with PosixEngine() as engine, Store.open(directories, engine=engine) as opened:
         problems = opened.verify()
         if not opened.state.get("filled"):
@@ -289,7 +289,11 @@ def _open(
             _check_identity(found, identity, type(model).__name__, directories[0])
         if not exists:
             check()  # a checkpoint that cannot be read makes no store
-        store = Store.open(directories, engine=engine) if exists else Store.create(directories, identity=identity, engine=engine)
+        store = (
+            Store.open(directories, engine=engine)
+            if exists
+            else Store.create(directories, identity=identity, engine=engine)
+        )
         names = set(store.names())
         wanted = [layout for layout in layouts.values() if layout.weight_name not in names]
         if not store.state.get("filled"):
@@ -466,7 +470,7 @@ def _load_generation_config(model: Any, folder: Path | None) -> None:
     model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
-def _config_from(description: dict[str, Any]) -> Any:
+def _config_from(description: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
     data = dict(description["config"])

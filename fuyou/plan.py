@@ -98,9 +98,7 @@ class Plan:
     @property
     def pool_bytes(self) -> int:
         """All pools together: the most that buffers take."""
-        return (
-            self.weight_pool_bytes + self.gradient_pool_bytes + self.record_pool_bytes + self.activation_pool_bytes
-        )
+        return self.weight_pool_bytes + self.gradient_pool_bytes + self.record_pool_bytes + self.activation_pool_bytes
 
     @property
     def num_parameters(self) -> int:
@@ -141,10 +139,12 @@ class Plan:
         try:
             blocks = tuple(BlockPlan(**block) for block in data["blocks"])
             prediction = data.get("prediction")
-            return cls(**{
-                **data,
-                "blocks": blocks,
-                "prediction": None if prediction is None else Prediction(**prediction),
-            })
+            return cls(
+                **{
+                    **data,
+                    "blocks": blocks,
+                    "prediction": None if prediction is None else Prediction(**prediction),
+                }
+            )
         except (TypeError, KeyError) as error:
             raise ConfigError(f"plan: not a plan of this version ({error})") from None

@@ -255,9 +255,7 @@ def traffic(blocks: Sequence[BlockPlan], window: str) -> tuple[int, int]:
     return read, written
 
 
-def predict(
-    blocks: Sequence[BlockPlan], window: str, hardware: HardwareProfile, num_tokens: int | None
-) -> Prediction:
+def predict(blocks: Sequence[BlockPlan], window: str, hardware: HardwareProfile, num_tokens: int | None) -> Prediction:
     """A steady step's traffic and time: the busiest lane's, with compute and Adam sharing the cores on a CPU."""
     read, written = traffic(blocks, window)
     num_parameters = sum(b.num_parameters for b in blocks)

@@ -249,18 +249,14 @@ class TerminalReporter(QuietReporter):
             self._progress = None
 
 
-def make_reporter(
-    file: TextIO, *, quiet: bool = False, as_json: bool = False, logging_steps: int = 1
-) -> Reporter:
+def make_reporter(file: TextIO, *, quiet: bool = False, as_json: bool = False, logging_steps: int = 1) -> Reporter:
     """The reporter that fits where the output goes."""
     if as_json:
         return JsonReporter(file)
     if quiet:
         return QuietReporter()
     console = Console(file=file)
-    return (
-        TerminalReporter(console) if console.is_terminal else LineReporter(file, logging_steps=logging_steps)
-    )
+    return TerminalReporter(console) if console.is_terminal else LineReporter(file, logging_steps=logging_steps)
 
 
 def step_text(report: StepReport) -> str:

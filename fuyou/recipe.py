@@ -238,8 +238,7 @@ class Recipe(_Section):
     def _consistent(self) -> Recipe:
         if self.model.config is not None and self.data.tokenizer is None:
             raise ValueError(
-                "data.tokenizer is missing: a model with random weights has none of its own; "
-                'name a folder, or "bytes"'
+                'data.tokenizer is missing: a model with random weights has none of its own; name a folder, or "bytes"'
             )
         if self.training.eval_steps is not None and not self.has_evaluation:
             raise ValueError(
@@ -302,9 +301,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     values = parse_yaml(text, f"recipe {os.fspath(path)!r}")
     if not isinstance(values, dict):
         found = "nothing" if values is None else type(values).__name__
-        raise ConfigError(
-            f"recipe {os.fspath(path)!r}: expected sections (model:, data:, ...), found {found}"
-        )
+        raise ConfigError(f"recipe {os.fspath(path)!r}: expected sections (model:, data:, ...), found {found}")
     for override in overrides:
         apply_override(values, override)
     return parse_recipe(values)
@@ -313,16 +310,12 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 def parse_recipe(values: Mapping[str, Any]) -> Recipe:
     """A recipe from plain dictionaries; ConfigError lists every wrong key and value by its dotted path."""
     if "lora" in values:
-        raise ConfigError(
-            "lora: comes later: not supported by this version; remove the section to train all weights"
-        )
+        raise ConfigError("lora: comes later: not supported by this version; remove the section to train all weights")
     try:
         return Recipe.model_validate(dict(values))
     except pydantic.ValidationError as error:
         problems = explain(error, Recipe)
-    raise ConfigError(
-        problems[0] if len(problems) == 1 else "\n  ".join(["the recipe has errors:", *problems])
-    )
+    raise ConfigError(problems[0] if len(problems) == 1 else "\n  ".join(["the recipe has errors:", *problems]))
 
 
 def dump_recipe(recipe: Recipe) -> str:

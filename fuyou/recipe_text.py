@@ -23,9 +23,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a key must be plain text", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, "a key must be plain text", key_node.start_mark)
             if key_node.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key_node.value!r} is given twice", key_node.start_mark
@@ -78,9 +76,7 @@ def read_json(path: str | os.PathLike[str], field: str) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"{field}={os.fspath(path)!r}: cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ConfigError(
-            f"{field}={os.fspath(path)!r}: expected a JSON object, found {type(value).__name__}"
-        )
+        raise ConfigError(f"{field}={os.fspath(path)!r}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
@@ -104,9 +100,7 @@ def explain(error: pydantic.ValidationError, recipe: type[pydantic.BaseModel]) -
     for path in [path for path in values if any(other.startswith(f"{path}[") for other in values)]:
         del lines[path], values[path]
     return [
-        f"{path}={_short(values[path])}: expected {' or '.join(dict.fromkeys(parts))}"
-        if path in values
-        else parts[0]
+        f"{path}={_short(values[path])}: expected {' or '.join(dict.fromkeys(parts))}" if path in values else parts[0]
         for path, parts in lines.items()
     ]
 
@@ -139,9 +133,7 @@ def _unknown_key(loc: Sequence[str | int], recipe: type[pydantic.BaseModel]) -> 
     where = "recipe" if not parents else ".".join(str(part) for part in parents)
     full = key if not parents else f"{where}.{key}"
     known = list(_known_keys(parents, recipe))
-    elsewhere = [
-        f"{name}.{key}" for name, section in _sections(recipe).items() if key in section.model_fields
-    ]
+    elsewhere = [f"{name}.{key}" for name, section in _sections(recipe).items() if key in section.model_fields]
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if elsewhere:
         suggestion = f"did you mean '{elsewhere[0]}'?"

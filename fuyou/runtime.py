@@ -36,7 +36,6 @@ from io_engine import (
     Extent,
     ExtentSpec,
     Store,
-    StoreError,
     combine_checksums,
     piece_digest,
 )
@@ -93,9 +92,7 @@ def _with_borrowers(blocks: ModelBlocks, layouts: Mapping[str, ShardLayout]) -> 
     return owning
 
 
-def check_plan(
-    plan: Plan, sizes: Sequence[ShardSize], config: OffloadConfig, *, device: str, clipping: bool
-) -> None:
+def check_plan(plan: Plan, sizes: Sequence[ShardSize], config: OffloadConfig, *, device: str, clipping: bool) -> None:
     """ConfigError if a plan that was given is for another model or run, PlanError if its pools would lock up."""
     expected = {s.name: s for s in sizes}
     if [b.name for b in plan.blocks] != list(expected):
@@ -129,8 +126,7 @@ def check_plan(
         (
             "gradient_pool_bytes",
             plan.gradient_pool_bytes,
-            least.gradients
-            + sum(pooled_bytes(b.gradient_bytes) for b in plan.blocks if held and b.gradient == "host"),
+            least.gradients + sum(pooled_bytes(b.gradient_bytes) for b in plan.blocks if held and b.gradient == "host"),
         ),
         (
             "record_pool_bytes",
@@ -198,24 +194,33 @@ class StreamedAdamW(OffloadedAdamW):
     cut_short: str | None = None
     """Name of the call that did not come to its end."""
     num_steps_called = 0
+    """Calls of step and zero_grad that have ended, after each of which no gradient waits."""
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """See `OffloadedAdamW.step`."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.cut_short = "optimizer.step()"
-        super().step()
-        self.cut_short = None
-        self.num_steps_called += 1
+        with self._uninterrupted("optimizer.step()"):
+            super().step()
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """See `OffloadedAdamW.zero_grad`."""
-        self.cut_short = self.cut_short or "optimizer.zero_grad()"
-        super().zero_grad(set_to_none)
-        self.cut_short = None if self.cut_short == "optimizer.zero_grad()" else self.cut_short
+        with self._uninterrupted("optimizer.zero_grad()"):
+            super().zero_grad(set_to_none)
+
+    @contextlib.contextmanager
+    def _uninterrupted(self, what: str) -> Iterator[None]:
+        earlier, self.cut_short = self.cut_short, what
+        try:
+            yield
+        except Exception:
+            # Errors leave the optimizer as it was, or broken by its own account.
+            self.cut_short = earlier
+            raise
+        self.cut_short = earlier
         self.num_steps_called += 1
 
 
@@ -261,6 +266,7 @@ class Runtime:
         self._step_loss, self._step_tokens = 0.0, 0
         self._counted = (0, 0)
         self._pools: list[BufferPool] = []
+        self._weights: WeightStream
         self._resident_states: dict[str, Buffer] = {}
         self._interrupted: str | None = None
         self._gradients_since = -1
@@ -341,6 +347,7 @@ class Runtime:
 
     def export(self, folder: str) -> None:
         """Write the current weights as a plain transformers checkpoint, block by block; flushes first."""
+
         def read_block(block: Block) -> dict[str, torch.Tensor]:
             with self._block_on_host(block.name) as tensors:
                 return {name: tensor.clone() for name, tensor in tensors.items()}
@@ -436,11 +443,11 @@ class Runtime:
     def _build_pools(self) -> None:
         if self._pools:
             self._weights.close()
-        for pool in self._pools:
-            pool.close()
+        for old in self._pools:
+            old.close()
         register = unregister = None
         if self._device_name != "cpu":
-            runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            runtime = torch.cuda.cudart()
 
             def register(address: int, num_bytes: int) -> None:
                 torch.cuda.check_error(int(runtime.cudaHostRegister(address, num_bytes, 0)))
@@ -557,7 +564,8 @@ class Runtime:
         calls = self._split(arguments)
         if not _sync_gradients():
             self._queued += calls
-            return self._output(type(None), _QueuedLoss.apply(self._executor.anchor, self._queued_scales))
+            zero = _QueuedLoss.apply(self._executor.anchor, self._queued_scales)  # type: ignore[no-untyped-call]
+            return self._output(type(None), zero)
         calls, self._queued = [*self._queued, *calls], []
         self.optimizer.raise_if_broken()
         if self.optimizer.window == "backward" and self._gradients_wait():
@@ -571,7 +579,7 @@ class Runtime:
         first = self._micro_batches_of_step[1] if self._micro_batches_of_step[0] == step else 0
         self._micro_batches_of_step = (step, first + len(calls))
         record = self._executor.forward(calls, step=step, first=first)
-        loss = _Loss.apply(self._executor.anchor, self, record)
+        loss = _Loss.apply(self._executor.anchor, self, record)  # type: ignore[no-untyped-call]
         self._step_loss += float(record.loss)
         self._step_tokens += sum(_num_tokens(call) for call, _ in calls)
         return self._output(record.output_type, loss)
@@ -794,7 +802,7 @@ class _Loss(torch.autograd.Function):
         return record.loss.float()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         ctx.runtime._backward(ctx.record, float(gradient))
         return None, None, None
 
@@ -808,7 +816,7 @@ class _QueuedLoss(torch.autograd.Function):
         return torch.zeros((), device=_anchor.device)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         ctx.scales.append(float(gradient))
         return None, None
 
@@ -863,4 +871,3 @@ def fingerprint(config: Any, model_class: str) -> str:
     }
     text = json.dumps({"class": model_class, "config": data}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
-

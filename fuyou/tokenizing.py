@@ -39,9 +39,7 @@ class ByteTokenizer:
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, answer_follows: bool) -> str:
         """Always DataError: bytes have no chat template."""
-        raise DataError(
-            "data.tokenizer=bytes has no chat template: use text or prompt and completion columns"
-        )
+        raise DataError("data.tokenizer=bytes has no chat template: use text or prompt and completion columns")
 
 
 class HuggingFaceTokenizer:
@@ -51,9 +49,7 @@ class HuggingFaceTokenizer:
         self.tokenizer = tokenizer
         self.eos_id: int | None = tokenizer.eos_token_id
         # Padding is masked and never learned, so any id within the vocabulary serves.
-        self.pad_id: int = next(
-            (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
-        )
+        self.pad_id: int = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
         self.has_chat_template = bool(tokenizer.chat_template)
 
     def encode(self, text: str, *, start_of_text: bool) -> list[int]:
@@ -82,8 +78,7 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Tokenizer:
         return HuggingFaceTokenizer(transformers.AutoTokenizer.from_pretrained(name, revision=revision))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DataError(
-            f"no tokenizer can be loaded from {name!r}: {first_line(error)}. Name another one with "
-            "data.tokenizer"
+            f"no tokenizer can be loaded from {name!r}: {first_line(error)}. Name another one with data.tokenizer"
         ) from None
 
 
@@ -104,9 +99,7 @@ class RowFormat:
         return f"columns {', '.join(self.columns)}, {wrapped}; {learned}"
 
 
-def choose_format(
-    section: DataSection, columns: Sequence[str], tokenizer: Tokenizer, source: str
-) -> RowFormat:
+def choose_format(section: DataSection, columns: Sequence[str], tokenizer: Tokenizer, source: str) -> RowFormat:
     """Which columns are used and how; DataError names the columns there are if those wanted are missing."""
     names: tuple[str, ...]
     if section.messages_field is not None:
@@ -137,13 +130,9 @@ def choose_format(
             "(data.tokenizer), or prompt and completion columns"
         )
     if section.chat_template and not tokenizer.has_chat_template:
-        raise ConfigError(
-            "data.chat_template: true, but the tokenizer has none: leave the key out or name another one"
-        )
+        raise ConfigError("data.chat_template: true, but the tokenizer has none: leave the key out or name another one")
     if kind == "text" and section.completion_only_loss:
-        raise ConfigError(
-            f"data.completion_only_loss: true needs answers; the rows of {source} are plain text"
-        )
+        raise ConfigError(f"data.completion_only_loss: true needs answers; the rows of {source} are plain text")
     return RowFormat(
         kind=kind,
         columns=names,
@@ -154,9 +143,7 @@ def choose_format(
     )
 
 
-def tokenise_row(
-    row: Mapping[str, Any], row_format: RowFormat, tokenizer: Tokenizer
-) -> tuple[list[int], list[bool]]:
+def tokenise_row(row: Mapping[str, Any], row_format: RowFormat, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     """Ids of one row and which are learned; DataError says what is wrong with its columns.
 
     Prompt and answer are tokenised apart, as they are when the model is asked.
@@ -175,9 +162,7 @@ def tokenise_row(
     return _plain(_text(row, prompt), _text(row, completion), row_format, tokenizer)
 
 
-def _plain(
-    prompt: str, completion: str, row_format: RowFormat, tokenizer: Tokenizer
-) -> tuple[list[int], list[bool]]:
+def _plain(prompt: str, completion: str, row_format: RowFormat, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
     head = tokenizer.encode(prompt, start_of_text=True) if prompt else []
     tail = tokenizer.encode(completion, start_of_text=not prompt) if completion else []
     if tail and tokenizer.eos_id is not None and tail[-1] != tokenizer.eos_id:

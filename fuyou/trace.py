@@ -113,9 +113,7 @@ class TracingEngine:
 
     def _done(self, transfer: Transfer) -> None:
         lane = "ssd_read" if transfer.kind == "read" else "ssd_write"
-        self._trace.record(
-            lane, transfer.kind, transfer.started_seconds, transfer.ended_seconds, transfer.num_bytes
-        )
+        self._trace.record(lane, transfer.kind, transfer.started_seconds, transfer.ended_seconds, transfer.num_bytes)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)

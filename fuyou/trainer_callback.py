@@ -16,7 +16,7 @@ from optim import OffloadedAdamW, global_norm
 logger = logging.get_logger(__name__)
 
 
-class FuyouCallback(TrainerCallback):  # type: ignore[misc]
+class FuyouCallback(TrainerCallback):
     """Moves gradient clipping into the optimizer, puts its figures into the logs, commits before the run ends.
 
     Trainer clips `p.grad`, which a streamed model does not keep: its `max_grad_norm` is handed to the optimizer, which
@@ -92,7 +92,9 @@ def _check_arguments(args: Any) -> None:
     if args.fp16:
         raise ConfigError("fp16=True needs a gradient scaler, which is not supported: use bf16=True or neither")
     if args.label_smoothing_factor:
-        raise ConfigError("label_smoothing_factor computes the loss outside of the model: not supported yet, set it to 0")
+        raise ConfigError(
+            "label_smoothing_factor computes the loss outside of the model: not supported yet, set it to 0"
+        )
     if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
         raise ConfigError("gradient checkpointing: layers are recomputed already, set it to False")
     if getattr(args, "torch_compile", False):

@@ -139,9 +139,7 @@ class _Run:
         self._reporter = reporter
         self._output = Path(recipe.output.dir).expanduser()
         self._statistics = RunStatistics()
-        self._order = BatchOrder(
-            len(data.train), recipe.rows_per_step, recipe.shuffle_seed, recipe.data.shuffle
-        )
+        self._order = BatchOrder(len(data.train), recipe.rows_per_step, recipe.shuffle_seed, recipe.data.shuffle)
         training = recipe.training
         self._max_steps = training.max_steps or self._order.steps_for_epochs(training.num_train_epochs or 1.0)
         self._eval_before: float | None = None
@@ -230,12 +228,7 @@ class _Run:
     def _train(self, target: _Target, metrics_file: MetricsFile) -> None:
         training = self._recipe.training
         scheduler = make_scheduler(self._recipe, self._optimizer, target.max_steps, target.first_step)
-        if (
-            training.eval_on_start
-            and target.first_step == 0
-            and target.stop_step
-            and self._data.evaluation is not None
-        ):
+        if training.eval_on_start and target.first_step == 0 and target.stop_step and self._data.evaluation is not None:
             self._eval_before = self._evaluate(0)
         self._model.train()
         for step in range(target.first_step, target.stop_step):

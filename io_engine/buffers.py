@@ -159,9 +159,7 @@ class BufferPool:
         prefault: bool = True,
     ) -> None:
         if budget_bytes <= 0:
-            raise ValueError(
-                f"budget_bytes={budget_bytes} of pool {name!r} is not positive; give it some memory"
-            )
+            raise ValueError(f"budget_bytes={budget_bytes} of pool {name!r} is not positive; give it some memory")
         self.name = name
         self.budget_bytes = budget_bytes
         self._register = register
@@ -220,9 +218,7 @@ class BufferPool:
                 if self._closed:
                     raise RuntimeError(f"pool {self.name!r} is closed; make a new one")
                 for index in range(len(self._free) - 1, -1, -1):
-                    if (
-                        self._free[index].num_bytes == needed_bytes
-                    ):  # the newest is the likeliest to be in a cache
+                    if self._free[index].num_bytes == needed_bytes:  # the newest is the likeliest to be in a cache
                         mapping = self._free.pop(index)
                         self._free_bytes -= needed_bytes
                         self._num_out += 1

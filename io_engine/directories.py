@@ -20,9 +20,7 @@ def absolute_directories(directories: Sequence[str | Path] | str | Path) -> tupl
     if not paths:
         raise ValueError("a store needs at least one directory, and none is given; name one per drive")
     if len({os.path.realpath(path) for path in paths}) != len(paths):
-        raise ValueError(
-            f"a directory is named twice in {', '.join(paths)}; name each drive's directory once"
-        )
+        raise ValueError(f"a directory is named twice in {', '.join(paths)}; name each drive's directory once")
     return paths
 
 
@@ -50,8 +48,7 @@ def check_store_ids(directories: Sequence[str]) -> str:
     first = read_store_id(directories[0])
     if first is None:
         raise StoreError(
-            f"there is no store in {directories[0]} (no {STORE_ID_NAME}); check the path, or create a store "
-            "there"
+            f"there is no store in {directories[0]} (no {STORE_ID_NAME}); check the path, or create a store there"
         )
     found: dict[int, str] = {}
     for directory in directories:
@@ -75,9 +72,7 @@ def check_store_ids(directories: Sequence[str]) -> str:
         )
     in_order = tuple(found[index] for index in range(first.count))
     if in_order != tuple(directories):
-        raise StoreError(
-            f"the directories of the store are in another order; give them as {', '.join(in_order)}"
-        )
+        raise StoreError(f"the directories of the store are in another order; give them as {', '.join(in_order)}")
     return first.uuid
 
 
@@ -110,9 +105,7 @@ def refuse_foreign_files(directory: str, first_directory: str) -> None:
     if set(names) <= own and not has_manifest(first_directory):
         mine, first = _try_store_id(directory), _try_store_id(first_directory)
         # An identity other than that of the unfinished first directory may be a part of another store.
-        of_unfinished = (
-            mine is not None and first is not None and first.index == 0 and mine.uuid == first.uuid
-        )
+        of_unfinished = mine is not None and first is not None and first.index == 0 and mine.uuid == first.uuid
         if of_unfinished or STORE_ID_NAME not in names:
             return
     if STORE_ID_NAME in names:

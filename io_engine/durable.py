@@ -37,16 +37,13 @@ def encode_checked(body: Json) -> bytes:
 def decode_checked(data: bytes, path: str) -> Json:
     """Return the body of a checked file's bytes; StoreCorruptError says what is wrong with them."""
     if not data.startswith(_HEAD) or not data.endswith(_TAIL) or len(data) < _BODY_OFFSET + len(_TAIL):
-        raise StoreCorruptError(
-            f"{path} is torn or not a store's file ({len(data)} bytes); restore it from a backup"
-        )
+        raise StoreCorruptError(f"{path} is torn or not a store's file ({len(data)} bytes); restore it from a backup")
     text = data[_BODY_OFFSET : -len(_TAIL)]
     stored = data[len(_HEAD) : len(_HEAD) + 16].decode("ascii", "replace")
     actual = xxhash.xxh3_64_hexdigest(text)
     if stored != actual:
         raise StoreCorruptError(
-            f"{path} is damaged: its checksum says {stored}, its bytes give {actual}; restore it from a "
-            "backup"
+            f"{path} is damaged: its checksum says {stored}, its bytes give {actual}; restore it from a backup"
         )
     return json.loads(text)
 

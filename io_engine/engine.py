@@ -107,9 +107,7 @@ class Transfer:
             _logger.exception("a callback of the %s of %s raised", self.kind, self.extent)
 
     def __repr__(self) -> str:
-        state = (
-            "under way" if not self.done() else "done" if self._error is None else f"failed: {self._error}"
-        )
+        state = "under way" if not self.done() else "done" if self._error is None else f"failed: {self._error}"
         return f"<Transfer: {self.kind} {self.extent}, {state}>"
 
 

@@ -39,9 +39,7 @@ class ExtentSpec:
                 f"extent {self.name!r}: num_slots={self.num_slots}; use 1, or 2 to write beside what is read"
             )
         if self.piece_bytes < 0:
-            raise ValueError(
-                f"extent {self.name!r}: piece_bytes={self.piece_bytes} is negative; 0 means one piece"
-            )
+            raise ValueError(f"extent {self.name!r}: piece_bytes={self.piece_bytes} is negative; 0 means one piece")
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,7 @@ class Layout:
             "uuid": store_uuid,
             "generation": self.generation,
             "files": [
-                {"name": file.name, "directory": file.directory, "num_bytes": file.num_bytes}
-                for file in self.files
+                {"name": file.name, "directory": file.directory, "num_bytes": file.num_bytes} for file in self.files
             ],
             "extents": {
                 name: {
@@ -103,9 +100,7 @@ class Layout:
         """Return the layout that `to_json` described."""
         return cls(
             generation=body["generation"],
-            files=tuple(
-                DataFile(file["name"], file["directory"], file["num_bytes"]) for file in body["files"]
-            ),
+            files=tuple(DataFile(file["name"], file["directory"], file["num_bytes"]) for file in body["files"]),
             extents={
                 name: PlacedExtent(
                     extent["num_bytes"],
@@ -149,9 +144,7 @@ def extend_layout(
     for spec in specs:
         extents[spec.name] = PlacedExtent(spec.num_bytes, spec.piece_bytes, ())
         wanted.extend([(spec.name, extents[spec.name].disk_bytes)] * spec.num_slots)
-    filled_bytes = [
-        sum(file.num_bytes for file in old.files if file.directory == i) for i in range(num_directories)
-    ]
+    filled_bytes = [sum(file.num_bytes for file in old.files if file.directory == i) for i in range(num_directories)]
     end_bytes = [0] * num_directories
     placed: dict[str, list[tuple[int, int]]] = {}  # name -> (directory, offset)
     for name, num_bytes in sorted(wanted, key=lambda item: item[1] < BIG_EXTENT_BYTES):

@@ -129,8 +129,7 @@ def read_committed(directory: str, manifest_name: str, uuid: str) -> Committed:
     manifest = Manifest.from_bytes(data, path)
     if manifest.uuid != uuid:
         raise StoreCorruptError(
-            f"{path} belongs to the store {manifest.uuid}, its directory to {uuid}; put the right manifest "
-            "back"
+            f"{path} belongs to the store {manifest.uuid}, its directory to {uuid}; put the right manifest back"
         )
     if manifest.layout_name is None:
         return Committed(manifest, data, Layout())
@@ -170,7 +169,5 @@ def read_newest(directory: str, uuid: str) -> tuple[Committed, str | None]:
             f"no manifest in {directory} is usable: {torn}; and {error}. Restore {MANIFEST_NAME} from a "
             "backup, or delete the store's files and start anew"
         ) from None
-    note = (
-        f"{MANIFEST_NAME} is not usable ({torn}); fell back to {PREVIOUS_NAME}, step {previous.manifest.step}"
-    )
+    note = f"{MANIFEST_NAME} is not usable ({torn}); fell back to {PREVIOUS_NAME}, step {previous.manifest.step}"
     return previous, note

@@ -40,9 +40,7 @@ class _Fault:
 class _MockTransfer(Transfer):
     """A transfer whose `wait` moves the virtual clock on instead of blocking."""
 
-    def __init__(
-        self, engine: MockEngine, kind: Kind, extent: Extent, array: ByteArray, now_seconds: float
-    ) -> None:
+    def __init__(self, engine: MockEngine, kind: Kind, extent: Extent, array: ByteArray, now_seconds: float) -> None:
         super().__init__(kind, extent, array, now_seconds)
         self._engine = engine
         self.fault: _Fault | None = None
@@ -267,9 +265,7 @@ class MockEngine:
         transfer = lane.current = lane.waiting.pop(index)
         start_seconds = max(lane.free_at_seconds, transfer.submitted_seconds)
         transfer.mark_started(start_seconds)
-        lane.current_end_seconds = (
-            start_seconds + self._latency_seconds + transfer.num_bytes / lane.bytes_per_second
-        )
+        lane.current_end_seconds = start_seconds + self._latency_seconds + transfer.num_bytes / lane.bytes_per_second
 
     def _move(self, transfer: _MockTransfer) -> OSError | None:
         """Move the bytes; return the error if the transfer is to fail."""

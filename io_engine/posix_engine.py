@@ -95,8 +95,7 @@ class PosixEngine:
         self._buffered_reasons: dict[str, str] = {}  # folder -> why its files are not opened with O_DIRECT
         # Daemons: a program that forgot close() must still be able to end; what it loses was never committed.
         self._threads = [
-            threading.Thread(target=self._work, name=f"io_engine-{index}", daemon=True)
-            for index in range(num_threads)
+            threading.Thread(target=self._work, name=f"io_engine-{index}", daemon=True) for index in range(num_threads)
         ]
         for thread in self._threads:
             thread.start()
@@ -142,15 +141,12 @@ class PosixEngine:
         return self._submit("write", extent, array)
 
     def _submit(self, kind: Kind, extent: Extent, array: ByteArray) -> Transfer:
-        check_array(
-            kind, extent, array, needs_alignment=self._direct is not False and hasattr(os, "O_DIRECT")
-        )
+        check_array(kind, extent, array, needs_alignment=self._direct is not False and hasattr(os, "O_DIRECT"))
         num_bytes, step_bytes = extent.num_bytes, self._request_bytes
         transfer = Transfer(kind, extent, array, time.perf_counter())
         job = _Job(transfer, -(-num_bytes // step_bytes))
         requests = [
-            _Request(job, begin, min(begin + step_bytes, num_bytes))
-            for begin in range(0, num_bytes, step_bytes)
+            _Request(job, begin, min(begin + step_bytes, num_bytes)) for begin in range(0, num_bytes, step_bytes)
         ]
         with self._wake:
             self._check_usable()
@@ -186,9 +182,7 @@ class PosixEngine:
             # Reads first, since somebody waits for their data; but while nobody writes, every second request
             # may, so that writes go on under an endless stream of reads, and reads under an endless stream of
             # writes.
-            choose_write = bool(writes) and (
-                not reads or (self._num_writing == 0 and self._last_kind == "read")
-            )
+            choose_write = bool(writes) and (not reads or (self._num_writing == 0 and self._last_kind == "read"))
             kind: Kind = "write" if choose_write else "read"
             self._last_kind = kind
             self._num_writing += choose_write
@@ -230,9 +224,7 @@ class PosixEngine:
                 file.proven = True
                 return
             except OSError as error:
-                refused = (
-                    error.errno == errno.EINVAL and file.direct and not file.proven and self._direct == "auto"
-                )
+                refused = error.errno == errno.EINVAL and file.direct and not file.proven and self._direct == "auto"
                 if not refused:
                     raise
             finally:

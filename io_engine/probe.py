@@ -55,9 +55,7 @@ def probe_directory(
             buffers = [stack.enter_context(pool.acquire(_REQUEST_BYTES)) for _ in range(_DEPTH)]
             for index, buffer in enumerate(buffers):
                 buffer.array[:] = index + 1  # not zeros: some drives and virtual disks do not store those
-            extents = [
-                Extent(file_path, begin, _REQUEST_BYTES) for begin in range(0, size_bytes, _REQUEST_BYTES)
-            ]
+            extents = [Extent(file_path, begin, _REQUEST_BYTES) for begin in range(0, size_bytes, _REQUEST_BYTES)]
             mover.preallocate(file_path, size_bytes)
             writes: list[tuple[Kind, Extent]] = [("write", extent) for extent in extents]
             reads: list[tuple[Kind, Extent]] = [("read", extent) for extent in extents]
@@ -67,16 +65,12 @@ def probe_directory(
             _run(mover, file_path, writes, buffers, seconds=0.0)  # fresh blocks cost half the speed once
             write_rate = _run(mover, file_path, writes, buffers, seconds)
             _drop_page_cache(file_path)
-            read_rate = _run(
-                mover, file_path, reads, buffers, seconds, before_each=lambda: _drop_page_cache(file_path)
-            )
+            read_rate = _run(mover, file_path, reads, buffers, seconds, before_each=lambda: _drop_page_cache(file_path))
             _drop_page_cache(file_path)
             mixed_rate = _run(
                 mover, file_path, mixed, buffers, seconds, before_each=lambda: _drop_page_cache(file_path)
             )
-        return DirectoryProbe(
-            path, read_rate, write_rate, mixed_rate, "O_DIRECT" in mover.reason, mover.reason, free
-        )
+        return DirectoryProbe(path, read_rate, write_rate, mixed_rate, "O_DIRECT" in mover.reason, mover.reason, free)
     finally:
         with contextlib.suppress(FileNotFoundError):
             mover.remove(file_path)
@@ -104,9 +98,7 @@ def _run(
                 if len(under_way) == len(buffers):
                     under_way.pop(0).wait()  # in order of submission, so the buffer of this task is free now
                 array = buffers[index % len(buffers)].array
-                under_way.append(
-                    engine.read(extent, array) if kind == "read" else engine.write(extent, array)
-                )
+                under_way.append(engine.read(extent, array) if kind == "read" else engine.write(extent, array))
                 moved_bytes += extent.num_bytes
             while under_way:
                 under_way.pop(0).wait()

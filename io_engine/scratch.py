@@ -35,9 +35,7 @@ class ScratchSpace:
         undefined.
         """
         if num_bytes <= 0:
-            raise ValueError(
-                f"scratch {name!r}: num_bytes={num_bytes} is not positive; leave empty extents out"
-            )
+            raise ValueError(f"scratch {name!r}: num_bytes={num_bytes} is not positive; leave empty extents out")
         size_bytes = round_up(num_bytes, ALIGNMENT_BYTES)
         old = self._extents.get(name)
         if old is not None and old.num_bytes == size_bytes:

@@ -130,9 +130,7 @@ class Store:
             # The first directory first: a crash from here on leaves one with an identity but no manifest, by
             # which the next create recognises the others as leftovers.
             for index, path in enumerate(paths):
-                replace_durably(
-                    os.path.join(path, STORE_ID_NAME), StoreId(store_uuid, index, len(paths)).to_bytes()
-                )
+                replace_durably(os.path.join(path, STORE_ID_NAME), StoreId(store_uuid, index, len(paths)).to_bytes())
             manifest = Manifest(store_uuid, json.loads(json.dumps(dict(identity), allow_nan=False)))
             data = manifest.to_bytes()
             replace_durably(os.path.join(paths[0], MANIFEST_NAME), data)
@@ -213,15 +211,11 @@ class Store:
             wanted.add((0, previous.manifest.layout_name or ""))
         for index, directory in enumerate(self._directories):
             for name in sorted(os.listdir(directory)):
-                if (index, name) in wanted or not (
-                    NUMBERED_FILE.fullmatch(name) or TEMPORARY_FILE.fullmatch(name)
-                ):
+                if (index, name) in wanted or not (NUMBERED_FILE.fullmatch(name) or TEMPORARY_FILE.fullmatch(name)):
                     continue
                 self._engine.remove(os.path.join(directory, name))
                 match = NUMBERED_FILE.fullmatch(name)
-                superseded = (
-                    match is not None and match[3] is not None and int(match[4]) < self._layout.generation
-                )
+                superseded = match is not None and match[3] is not None and int(match[4]) < self._layout.generation
                 if not superseded:
                     self.notes.append(f"removed {name} of an unfinished run from {directory}")
 
@@ -384,9 +378,7 @@ class Store:
         num_slots = self.num_slots(name)
         slot = self.active_slot(name) if slot is None else slot
         if not 0 <= slot < num_slots:
-            raise ValueError(
-                f"extent {name!r} has no slot {slot}, only {num_slots}; widen it with add_slots()"
-            )
+            raise ValueError(f"extent {name!r} has no slot {slot}, only {num_slots}; widen it with add_slots()")
         return self._layout.extent(name, slot, self._directories)
 
     def _placed(self, name: str) -> PlacedExtent:
@@ -394,9 +386,7 @@ class Store:
         if placed is None:
             near = difflib.get_close_matches(name, self._layout.extents, 1)
             hint = f"did you mean {near[0]!r}?" if near else "allocate it first"
-            raise StoreError(
-                f"the store has no extent {name!r} among its {len(self._layout.extents)}; {hint}"
-            )
+            raise StoreError(f"the store has no extent {name!r} among its {len(self._layout.extents)}; {hint}")
         return placed
 
     def _data_paths(self) -> list[str]:
@@ -436,13 +426,9 @@ class Store:
             if description is not None:
                 description = json.loads(json.dumps(dict(description), allow_nan=False))
             generation = self._next_generation()
-            layout = extend_layout(
-                self._layout, specs, widened, len(self._directories), generation, description
-            )
+            layout = extend_layout(self._layout, specs, widened, len(self._directories), generation, description)
             new_files = range(len(self._layout.files), len(layout.files))
-            needed_bytes = {
-                self._directories[layout.files[i].directory]: layout.files[i].num_bytes for i in new_files
-            }
+            needed_bytes = {self._directories[layout.files[i].directory]: layout.files[i].num_bytes for i in new_files}
             check_space(needed_bytes, f"the new file extents-{generation}.bin")
             made: list[str] = []
             try:
@@ -472,9 +458,7 @@ class Store:
     def add_slots(self, names: Iterable[str], num_slots: int = 2, *, prewrite: bool = True) -> None:
         """Give one-slot extents a second slot, all of them or, on any failure, none; blocks."""
         if num_slots != 2:
-            raise ValueError(
-                f"num_slots={num_slots}: an extent has at most 2 slots, the one read and the one written"
-            )
+            raise ValueError(f"num_slots={num_slots}: an extent has at most 2 slots, the one read and the one written")
         self.allocate((), prewrite=prewrite, second_slots_for=names)
 
     def _make_data_file(self, path: str, num_bytes: int, prewrite: bool) -> None:
@@ -488,17 +472,13 @@ class Store:
         seen = set(self._layout.extents)
         for spec in specs:
             if spec.name in seen:
-                raise StoreError(
-                    f"the extent {spec.name!r} exists already or is named twice; give each its own name"
-                )
+                raise StoreError(f"the extent {spec.name!r} exists already or is named twice; give each its own name")
             seen.add(spec.name)
         if len(set(widened)) != len(widened):
             raise StoreError("an extent is named twice in second_slots_for; name each once")
         for name in widened:
             if self.num_slots(name) != 1:
-                raise StoreError(
-                    f"the extent {name!r} has {self.num_slots(name)} slots already; leave it out"
-                )
+                raise StoreError(f"the extent {name!r} has {self.num_slots(name)} slots already; leave it out")
 
     def _next_generation(self) -> int:
         """Return a number that no file here bears, not even one that a failed allocation could not remove."""
@@ -525,9 +505,7 @@ class Store:
             started_seconds = time.perf_counter()
             old = self._committed.manifest
             if step < old.step:
-                raise ValueError(
-                    f"step={step} goes back behind the committed step {old.step}; steps only grow"
-                )
+                raise ValueError(f"step={step} goes back behind the committed step {old.step}; steps only grow")
             for name, slot in slots.items():
                 if not 0 <= slot < self.num_slots(name):
                     raise ValueError(f"extent {name!r} has no slot {slot}, only {self.num_slots(name)}")
@@ -564,9 +542,7 @@ class Store:
         path = os.path.join(self._directories[0], MANIFEST_NAME)
         new = Committed(manifest, data, layout)
         try:
-            keep_previous(
-                path, os.path.join(self._directories[0], PREVIOUS_NAME), self._committed.manifest_bytes
-            )
+            keep_previous(path, os.path.join(self._directories[0], PREVIOUS_NAME), self._committed.manifest_bytes)
             replace_durably(path, data)
             self._committed = new
         except BaseException as error:
@@ -603,18 +579,12 @@ class Store:
         with BufferPool(2 * CHUNK_BYTES, name="verify") as pool:
             for name, stored in self.checksums.items():
                 placed, extent = self._placed(name), self.extent(name)
-                where = (
-                    f"extent {name!r} (slot {self.active_slot(name)}, {extent.path} at {extent.offset_bytes})"
-                )
+                where = f"extent {name!r} (slot {self.active_slot(name)}, {extent.path} at {extent.offset_bytes})"
                 try:
-                    actual = checksum_on_disk(
-                        self._engine, extent, placed.num_bytes, placed.piece_bytes, stored, pool
-                    )
+                    actual = checksum_on_disk(self._engine, extent, placed.num_bytes, placed.piece_bytes, stored, pool)
                 except (OSError, ValueError) as error:
                     problems.append(f"{where} cannot be checked: {error}")
                     continue
                 if actual != stored:
-                    problems.append(
-                        f"{where} is damaged: the manifest says {stored}, its bytes give {actual}"
-                    )
+                    problems.append(f"{where} is damaged: the manifest says {stored}, its bytes give {actual}")
         return problems

@@ -30,9 +30,7 @@ def checksum_on_disk(
             whole.update(part.data)
         return WHOLE_PREFIX + whole.hexdigest()
     if not stored.startswith(PIECES_PREFIX):
-        raise ValueError(
-            f"the checksum {stored!r} starts with neither {WHOLE_PREFIX!r} nor {PIECES_PREFIX!r}"
-        )
+        raise ValueError(f"the checksum {stored!r} starts with neither {WHOLE_PREFIX!r} nor {PIECES_PREFIX!r}")
     digests: list[int] = []
     piece, left_bytes = xxhash.xxh3_64(), piece_bytes or num_bytes
     for part in read_parts(engine, extent, num_bytes, pool):

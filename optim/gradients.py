@@ -191,9 +191,7 @@ class GradientIntake:
             earlier = self.held.get(layout.name)
             if earlier is not None:
                 self._add_earlier(earlier, gradient)
-            held = HeldGradient(
-                layout, gradient, None, frozenset(gradient.arrived), self._sums_of_squares(gradient)
-            )
+            held = HeldGradient(layout, gradient, None, frozenset(gradient.arrived), self._sums_of_squares(gradient))
             if earlier is not None:
                 earlier.release()
             self.held[layout.name], is_mine = held, False
@@ -263,17 +261,13 @@ class GradientIntake:
             for start in range(p.start, p.stop, _PIECE_ELEMENTS)
         ]
         sums = self._updater.map(
-            lambda piece: tile_sums(
-                gradient.array[piece[1] : min(piece[1] + _PIECE_ELEMENTS, piece[0].stop)]
-            ),
+            lambda piece: tile_sums(gradient.array[piece[1] : min(piece[1] + _PIECE_ELEMENTS, piece[0].stop)]),
             pieces,
         )
         tiles: dict[str, list[npt.NDArray[np.float64]]] = {name: [] for name in gradient.arrived}
         for (p, _start), piece_sums in zip(pieces, sums, strict=True):
             tiles[p.name].append(piece_sums)
-        self._record(
-            "cpu", f"norm {gradient.layout.name}", started, time.perf_counter(), gradient.array.nbytes
-        )
+        self._record("cpu", f"norm {gradient.layout.name}", started, time.perf_counter(), gradient.array.nbytes)
         return {name: parameter_sum(np.concatenate(t)) if t else 0.0 for name, t in tiles.items()}
 
     def _spill(self, held: HeldGradient) -> None:

@@ -85,14 +85,10 @@ class AdamWScalars:
             raise ValueError(f"step is {step}, but Adam counts its steps from 1: pass steps_taken_before + 1")
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not (value >= 0.0 and math.isfinite(value)):
-                raise ValueError(
-                    f"{name} is {value}, which Adam cannot use: pass a finite value of at least 0"
-                )
+                raise ValueError(f"{name} is {value}, which Adam cannot use: pass a finite value of at least 0")
         for name, value in (("beta1", beta1), ("beta2", beta2)):
             if not 0.0 <= value < 1.0:
-                raise ValueError(
-                    f"{name} is {value}, which gives no decaying average: pass a value in [0, 1)"
-                )
+                raise ValueError(f"{name} is {value}, which gives no decaying average: pass a value in [0, 1)")
         return cls(
             decay=1.0 - lr * weight_decay if decoupled else 1.0,
             l2=0.0 if decoupled else weight_decay,

@@ -193,7 +193,6 @@ class ShardLayout:
     def from_json(cls, data: dict[str, Any]) -> ShardLayout:
         """The layout that `to_json` described."""
         slots = tuple(
-            ParameterSlot(p["name"], tuple(p["shape"]), p["start"], p["num_elements"])
-            for p in data["parameters"]
+            ParameterSlot(p["name"], tuple(p["shape"]), p["start"], p["num_elements"]) for p in data["parameters"]
         )
         return cls(data["name"], slots, data["compute_dtype"], data["chunk_elements"])

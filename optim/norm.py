@@ -124,9 +124,7 @@ def clip_coefficient(norm: float, max_norm: float | None) -> float:
     if max_norm is None:
         return 1.0
     if not max_norm > 0.0:
-        raise ValueError(
-            f"max_norm is {max_norm}, which would spoil every gradient: pass a positive number or None"
-        )
+        raise ValueError(f"max_norm is {max_norm}, which would spoil every gradient: pass a positive number or None")
     coefficient = max_norm / (norm + _CLIP_EPSILON)
     return float(np.float32(coefficient)) if coefficient < 1.0 else 1.0
 

@@ -380,9 +380,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         assert commit is not None
         with self._whole_or_broken(f"the update of {shard}"):
             pending = self._pending[shard]
-            job = self._submit(
-                pending.held, weights, pending.scalars, pending.gradient_scale, wait_before, on_done
-            )
+            job = self._submit(pending.held, weights, pending.scalars, pending.gradient_scale, wait_before, on_done)
             del self._pending[shard]
             commit.jobs[shard] = job
             self._slots[shard] = 1 - self._slots[shard]
@@ -467,9 +465,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
     def _finish_arrivals(self) -> None:
         self._intake.finish()
 
-    def _speculate(
-        self, held: HeldGradient, weights: npt.NDArray[np.uint8], on_done: Callable[[], None]
-    ) -> None:
+    def _speculate(self, held: HeldGradient, weights: npt.NDArray[np.uint8], on_done: Callable[[], None]) -> None:
         """Begin an update that `step()` may accept; on the intake's thread."""
         self._poisoned = self._poisoned or not held.is_finite
         scalars = {} if self._poisoned else self._scalars(held, self._groups_by_name())
@@ -659,9 +655,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         if self._closed:
             raise RuntimeError("the optimizer is closed: open the model again to go on training")
 
-    def _scalars(
-        self, held: HeldGradient, groups: Mapping[str, Mapping[str, Any]]
-    ) -> dict[str, AdamWScalars]:
+    def _scalars(self, held: HeldGradient, groups: Mapping[str, Mapping[str, Any]]) -> dict[str, AdamWScalars]:
         """What the next update of a shard multiplies with, by parameter with a gradient and a group."""
         scalars = {}
         for p in held.layout.parameters:

@@ -385,9 +385,7 @@ class ShardUpdater:
                 assert chunk.buffer is not None
                 chunk.record = chunk.buffer.array[:num_bytes]
             if resident is None or not resident.filled:
-                chunk.transfers.append(
-                    self._engine.read(inputs.state_from.sub(offset, num_bytes), chunk.record)
-                )
+                chunk.transfers.append(self._engine.read(inputs.state_from.sub(offset, num_bytes), chunk.record))
             if inputs.gradient is not None:
                 chunk.gradient = inputs.gradient[start:stop]
             else:

@@ -55,17 +55,11 @@ def main() -> int:
 
 def _measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     config = LlamaConfig(**{**CONFIG, "num_hidden_layers": options.layers})
-    offload = fuyou.OffloadConfig(
-        store=folder / "store", device=options.device, micro_batch_size=options.rows
-    )
+    offload = fuyou.OffloadConfig(store=folder / "store", device=options.device, micro_batch_size=options.rows)
     ours = fuyou.from_config(config, offload=offload, seed=0)
     with ours.fuyou:
         ours.save_pretrained(str(folder / "start"))
-        plain = (
-            LlamaForCausalLM.from_pretrained(folder / "start", dtype=torch.bfloat16)
-            .to(options.device)
-            .train()
-        )
+        plain = LlamaForCausalLM.from_pretrained(folder / "start", dtype=torch.bfloat16).to(options.device).train()
         our_optimizer = fuyou.AdamW(ours, lr=1e-4, max_grad_norm=1.0)
         # Adam in bfloat16 right on the weights: less arithmetic and memory than ours, so a limit for ours.
         plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4, fused=True)

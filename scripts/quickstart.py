@@ -38,9 +38,7 @@ SAMPLED_QUESTION = "What does json.dumps do?"
 def main() -> int:
     """Run all stages; 0 if the model learned and its export is exact, 1 if not."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--work", type=Path, default=Path("quickstart-run"), help="work folder (./quickstart-run)"
-    )
+    parser.add_argument("--work", type=Path, default=Path("quickstart-run"), help="work folder (./quickstart-run)")
     parser.add_argument("--steps", type=int, default=NUM_STEPS, help=f"optimizer steps ({NUM_STEPS})")
     options = parser.parse_args()
     work = options.work.resolve()
@@ -88,9 +86,7 @@ def main() -> int:
     if difference == 0:
         print("logits of the reloaded export and of the store's model: equal, bit for bit")
     else:
-        problems.append(
-            f"logits of the reloaded export differ from the store's model by up to {difference:g}"
-        )
+        problems.append(f"logits of the reloaded export differ from the store's model by up to {difference:g}")
     for problem in problems:
         print(f"quickstart: {problem}", file=sys.stderr)
     print(f"{time.monotonic() - started_seconds:.0f} s; the model is {work / 'output' / 'model'}")
@@ -133,9 +129,7 @@ def _write_data(work: Path, tokenizer: Any) -> tuple[list[Pair], list[Pair]]:
     """train.jsonl with prompt and completion; the pairs that fit MAX_LENGTH as (learned, held out)."""
     fitting = [p for p in docstring_pairs() if len(_row(tokenizer, p)[0]) <= MAX_LENGTH]
     if len(fitting) < NUM_HELD_OUT_PAIRS + NUM_TRAIN_PAIRS:
-        sys.exit(
-            f"quickstart: only {len(fitting)} docstrings in {sys.prefix}: is this Python without them (-OO)?"
-        )
+        sys.exit(f"quickstart: only {len(fitting)} docstrings in {sys.prefix}: is this Python without them (-OO)?")
     held_out = fitting[:NUM_HELD_OUT_PAIRS]
     train = fitting[NUM_HELD_OUT_PAIRS : NUM_HELD_OUT_PAIRS + NUM_TRAIN_PAIRS]
     for name, pairs in (("train", train), ("held-out", held_out)):
@@ -213,25 +207,17 @@ def _held_out_loss(model: Any, tokenizer: Any, pairs: list[Pair]) -> float:
 def _answer(model: Any, tokenizer: Any) -> str:
     """The model's most likely answer to SAMPLED_QUESTION, on one line."""
     question = [{"role": "user", "content": SAMPLED_QUESTION}]
-    inputs = tokenizer.apply_chat_template(
-        question, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     output = model.generate(**_on(inputs, model), max_new_tokens=48, do_sample=False)
-    return " ".join(
-        tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).split()
-    )
+    return " ".join(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).split())
 
 
 @torch.no_grad()
-def _logits_difference(
-    plain: Any, work: Path, compute_dtype: str, tokenizer: Any, pairs: list[Pair]
-) -> float:
+def _logits_difference(plain: Any, work: Path, compute_dtype: str, tokenizer: Any, pairs: list[Pair]) -> float:
     """The largest difference between the logits of the reloaded export and of the model in the store."""
     import fuyou
 
-    offload = fuyou.OffloadConfig(
-        store=work / "store", host_memory="1GiB", compute_dtype=compute_dtype, resume="must"
-    )
+    offload = fuyou.OffloadConfig(store=work / "store", host_memory="1GiB", compute_dtype=compute_dtype, resume="must")
     stored = fuyou.from_pretrained(str(work / "base"), offload=offload)
     with stored.fuyou:
         stored.eval()

@@ -93,9 +93,7 @@ class ReferenceTrainer:
         self._masters = {name: _padded(p.detach()) for name, p in self._parameters.items()}
 
         decay_of = weight_decay if callable(weight_decay) else lambda _name: weight_decay
-        groups = [
-            {"params": [master], "weight_decay": decay_of(name)} for name, master in self._masters.items()
-        ]
+        groups = [{"params": [master], "weight_decay": decay_of(name)} for name, master in self._masters.items()]
         self._optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
         self._head: Any = model.get_output_embeddings()  # type: ignore[no-untyped-call, unused-ignore]
@@ -116,9 +114,7 @@ class ReferenceTrainer:
             weights = target_weights(micro_batches)
         loss, gradients = self._gradients(micro_batches, weights)
 
-        norm = math.sqrt(
-            sum_in_order([sum_of_squares(gradients[name].numpy()) for name in sorted(gradients)])
-        )
+        norm = math.sqrt(sum_in_order([sum_of_squares(gradients[name].numpy()) for name in sorted(gradients)]))
         if not math.isfinite(norm):
             raise FloatingPointError(f"the gradient norm of step {self.step_count} is {norm}")
         if self.max_grad_norm is not None:
@@ -138,9 +134,7 @@ class ReferenceTrainer:
         for name in gradients:
             parameter = self._parameters[name]
             master = self._unpadded(name, self._masters[name])
-            parameter.data.copy_(
-                round_half_up_to_bfloat16(master) if self.compute_dtype == torch.bfloat16 else master
-            )
+            parameter.data.copy_(round_half_up_to_bfloat16(master) if self.compute_dtype == torch.bfloat16 else master)
         self.step_count += 1
         return loss, norm
 

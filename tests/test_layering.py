@@ -72,9 +72,7 @@ def test_planning_needs_no_torch(name: str) -> None:
 
 
 def test_relative_imports_are_resolved() -> None:
-    found = set(
-        imported_modules("from . import plan\nfrom ..optim import adamw\nimport torch.nn", "fuyou.executor")
-    )
+    found = set(imported_modules("from . import plan\nfrom ..optim import adamw\nimport torch.nn", "fuyou.executor"))
     assert found >= {"fuyou.executor.plan", "fuyou.optim.adamw", "torch.nn"}
 
 

@@ -54,10 +54,7 @@ def read_notebook() -> Any:
 
 def outputs_as_text(notebook: Any) -> str:
     return "".join(
-        output.get("text", "")
-        for cell in notebook.cells
-        for output in cell.get("outputs", [])
-        if "text" in output
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output
     )
 
 

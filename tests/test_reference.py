@@ -80,17 +80,13 @@ def test_micro_batch_seeds() -> None:
 
 def test_sum_of_squares_is_close_to_numpy() -> None:
     gradient = np.random.default_rng(0).standard_normal(150_001).astype(np.float32)
-    assert sum_of_squares(gradient) == pytest.approx(
-        float((gradient.astype(np.float64) ** 2).sum()), rel=1e-13
-    )
+    assert sum_of_squares(gradient) == pytest.approx(float((gradient.astype(np.float64) ** 2).sum()), rel=1e-13)
 
 
 def test_bfloat16_rounding_is_to_nearest_with_ties_away_from_zero() -> None:
     values = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
     ties = (values.view(torch.int32) & 0xFFFF) == 0x8000
-    torch.testing.assert_close(
-        round_half_up_to_bfloat16(values)[~ties], values.bfloat16()[~ties], rtol=0, atol=0
-    )
+    torch.testing.assert_close(round_half_up_to_bfloat16(values)[~ties], values.bfloat16()[~ties], rtol=0, atol=0)
     tie = torch.tensor([0x3F808000, 0x3F818000, -0x407F8000], dtype=torch.int32).view(torch.float32)
     expected = torch.tensor([1.0078125, 1.015625, -1.0078125], dtype=torch.bfloat16)
     torch.testing.assert_close(round_half_up_to_bfloat16(tie), expected, rtol=0, atol=0)
@@ -119,9 +115,7 @@ def test_one_micro_batch_in_float32_is_a_plain_torch_loop() -> None:
         torch.testing.assert_close(trainer.weights()[name], parameter.detach(), rtol=0, atol=0)
         torch.testing.assert_close(trainer.masters()[name], parameter.detach(), rtol=0, atol=0)
         state = optimizer.state[parameter]
-        for ours, theirs in zip(
-            trainer.moments()[name], (state["exp_avg"], state["exp_avg_sq"]), strict=True
-        ):
+        for ours, theirs in zip(trainer.moments()[name], (state["exp_avg"], state["exp_avg_sq"]), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
@@ -230,9 +224,7 @@ def test_frozen_parameters_are_not_trained() -> None:
 def test_weight_decay_by_name_and_a_new_learning_rate() -> None:
     [[batch], [second]] = tiny_batches(tiny_model_config("llama"), 2, 1)
     options: dict[str, Any] = {"compute_dtype": "float32", "lr": 1e-2}
-    by_name = ReferenceTrainer(
-        tiny_model("llama"), weight_decay=lambda n: 0.0 if "norm" in n else 0.5, **options
-    )
+    by_name = ReferenceTrainer(tiny_model("llama"), weight_decay=lambda n: 0.0 if "norm" in n else 0.5, **options)
     none = ReferenceTrainer(tiny_model("llama"), **options)
     for trainer in (by_name, none):
         trainer.step([batch])

@@ -68,9 +68,7 @@ class Run:
         )
         plain.train()
         options: dict[str, Any] = {"lr": 3e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
-        self.reference = ReferenceTrainer(
-            plain, compute_dtype=dtype, max_grad_norm=max_grad_norm, seed=7, **options
-        )
+        self.reference = ReferenceTrainer(plain, compute_dtype=dtype, max_grad_norm=max_grad_norm, seed=7, **options)
         self.optimizer = fuyou.AdamW(self.model, max_grad_norm=max_grad_norm, **options)
         self.batches = tiny_batches(config, NUM_STEPS, NUM_MICRO_BATCHES, seed=3)
 

@@ -125,8 +125,8 @@ class CudaDevice:
     def __init__(self, device: str, trace: Trace) -> None:
         self.torch_device = torch.device(device if ":" in device else f"{device}:{torch.cuda.current_device()}")
         self._trace = trace
-        self._h2d = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-        self._d2h = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        self._h2d = torch.cuda.Stream(self.torch_device)
+        self._d2h = torch.cuda.Stream(self.torch_device)
         self._uploads, self._downloads = _InFlight(self.LEAST_IN_FLIGHT_BYTES), _InFlight(self.LEAST_IN_FLIGHT_BYTES)
         self._uploaded_bytes = 0
 

@@ -161,7 +161,7 @@ class StepExecutor:
         self._model = model
         self._blocks = {block.name: block for block in blocks.blocks}
         self._order = [block.name for block in blocks.blocks]
-        self._layers = list(model.get_submodule(blocks.path))  # type: ignore[arg-type]
+        self._layers: list[nn.Module] = list(model.get_submodule(blocks.path).children())
         self._layer_blocks: list[Block | None] = [
             self._blocks.get(f"{blocks.path}.{index}") for index in range(len(self._layers))
         ]
@@ -227,7 +227,9 @@ class StepExecutor:
                     if not loss.requires_grad:
                         raise ModelError("the loss depends on no trainable parameter: there is nothing to train")
                     with self._span("epilogue backward"), self._autocast((False, autocast[1])):
-                        torch.autograd.backward(loss, torch.tensor(micro_batch.weight, dtype=loss.dtype, device=loss.device))
+                        torch.autograd.backward(
+                            loss, torch.tensor(micro_batch.weight, dtype=loss.dtype, device=loss.device)
+                        )
                     del loss
         record.loss = losses
         return record
@@ -436,9 +438,7 @@ class StepExecutor:
         assert self._hub is not None
         self._hub.switch()
 
-    def _run_layer(
-        self, micro_batch: _MicroBatch, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
+    def _run_layer(self, micro_batch: _MicroBatch, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         block = self._layer_blocks[index]
         leaves, spec = tree_flatten((args, kwargs))
         inputs: list[_SavedInput] = []
@@ -479,7 +479,8 @@ class StepExecutor:
             return tree_unflatten(flat, result_spec)
         floats = [i for i, value in enumerate(flat) if _is_float(value)]
         collected = _collected(collector, call.collected)
-        cuts = list(_Cut.apply(self.anchor, call.outputs, *(flat[i] for i in floats), *(v.detach() for v in collected)))
+        values = [*(flat[i] for i in floats), *(v.detach() for v in collected)]
+        cuts = list(_Cut.apply(self.anchor, call.outputs, *values))  # type: ignore[no-untyped-call]
         for i in floats:
             flat[i] = cuts.pop(0)
         _replace_collected(collector, call.collected, cuts)
@@ -787,7 +788,7 @@ def _dropped(_nothing: None) -> torch.Tensor:
 
 def _origin(tensor: torch.Tensor) -> str:
     """Where a layer's input comes from; see `_SavedInput.origin`."""
-    cut = _Cut._backward_cls  # type: ignore[attr-defined]
+    cut = _Cut._backward_cls
     if isinstance(tensor.grad_fn, cut):
         return "layer"
     seen: set[Any] = set()

@@ -206,9 +206,7 @@ class WeightStream:
         self._loaded[name] = shard
         if optimizer is not None and optimizer.has_pending_update(name):
             shard.num_references += 1
-            shard.job = optimizer.start_pending_update(
-                name, shard.array, [shard.transfer], lambda: self.release(shard)
-            )
+            shard.job = optimizer.start_pending_update(name, shard.array, [shard.transfer], lambda: self.release(shard))
         return shard
 
     def _acquire_buffer(self, layout: ShardLayout, block: bool) -> Buffer:

@@ -72,8 +72,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def same_numbers(lines: list[dict[str, Any]]) -> list[tuple[Any, ...]]:
     """What must be equal, bit for bit, in two runs of one recipe."""
     return [
-        (line["step"], line["loss"], line["grad_norm"], line["learning_rate"], line["num_tokens"])
-        for line in lines
+        (line["step"], line["loss"], line["grad_norm"], line["learning_rate"], line["num_tokens"]) for line in lines
     ]
 
 

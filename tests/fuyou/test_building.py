@@ -193,7 +193,8 @@ def test_a_model_without_a_head_is_not_given_a_random_one(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [("no/such/folder-here", "local folder"), ("./absent", "no such folder"), ("file", "is a file")]
+    ("path", "message"),
+    [("no/such/folder-here", "local folder"), ("./absent", "no such folder"), ("file", "is a file")],
 )
 def test_paths_that_are_no_folder(path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message says what was tried."""

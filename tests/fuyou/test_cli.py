@@ -143,9 +143,7 @@ def test_signals_interrupt_even_if_something_else_is_raised(
 
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
-    program = (
-        "import sys, fuyou; from fuyou.cli import main; fuyou.inspect_store = lambda store: {'step': 3}; "
-    )
+    program = "import sys, fuyou; from fuyou.cli import main; fuyou.inspect_store = lambda store: {'step': 3}; "
     process = subprocess.Popen(
         [sys.executable, "-c", f"{program} sys.exit(main(['inspect', 'store']))"],
         stdout=subprocess.PIPE,
@@ -160,9 +158,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert process.wait(timeout=120) == 1
 
 
-def test_several_directories_of_one_store(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_several_directories_of_one_store(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[Any] = []
 
     def inspect(store: Any) -> dict[str, Any]:
@@ -260,9 +256,7 @@ def test_metrics_of_another_run_are_put_aside(tmp_path: Path) -> None:
     assert path.read_text() == ""
 
 
-def test_a_failure_while_lines_are_removed_loses_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_while_lines_are_removed_loses_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n')
     monkeypatch.setattr(os, "replace", raising(OSError(28, "No space left on device")))
@@ -361,9 +355,7 @@ def test_the_reporter_fits_the_output() -> None:
     assert isinstance(make_reporter(file, quiet=True, as_json=True), JsonReporter)
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1:00"), (7384, "2:03:04")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (59.6, "1:00"), (7384, "2:03:04")])
 def test_durations(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
 

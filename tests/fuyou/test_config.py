@@ -77,7 +77,12 @@ def test_bad_values_are_refused_at_once(field: str, value: Any, message: str) ->
 
 def test_good_values() -> None:
     config = OffloadConfig(
-        store=["~/a", Path("b")], device="cuda:1", gpu_memory="22GiB", host_memory=2**30, compute_dtype="float32", resume=0
+        store=["~/a", Path("b")],
+        device="cuda:1",
+        gpu_memory="22GiB",
+        host_memory=2**30,
+        compute_dtype="float32",
+        resume=0,
     )
     assert [d.is_absolute() for d in config.store_directories] == [True, True]
     assert "~" not in str(config.store_directories[0])

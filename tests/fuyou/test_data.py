@@ -54,9 +54,7 @@ def word_tokenizer(template: str | None = CHAT_TEMPLATE) -> HuggingFaceTokenizer
     fast = Fast(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="<unk>"))
     fast.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
     fast.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])  # type: ignore[assignment]
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=fast, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
-    )
+    made = PreTrainedTokenizerFast(tokenizer_object=fast, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
     made.chat_template = template
     return HuggingFaceTokenizer(made)
 
@@ -91,9 +89,7 @@ def test_prompt_and_completion_without_a_template_learn_the_completion() -> None
     words, learned = tokens({"prompt": "a b", "completion": "c d"}, word_tokenizer(None))
     assert words == ["<bos>", "a", "b", "c", "d", "<eos>"]
     assert learned == ["c", "d", "<eos>"]
-    all_learned = tokens(
-        {"prompt": "a", "completion": "c"}, word_tokenizer(None), completion_only_loss=False
-    )[1]
+    all_learned = tokens({"prompt": "a", "completion": "c"}, word_tokenizer(None), completion_only_loss=False)[1]
     assert all_learned == ["<bos>", "a", "c", "<eos>"]
     assert tokens({"prompt": "", "completion": "c"}, word_tokenizer(None))[1] == ["<bos>", "c", "<eos>"]
 
@@ -156,9 +152,7 @@ def test_bytes_are_their_own_tokens() -> None:
         ({"messages": []}, {"chat_template": False}, ConfigError, "data.chat_template is false"),
     ],
 )
-def test_rows_that_cannot_be_used(
-    row: dict[str, Any], options: dict[str, Any], error: type, part: str
-) -> None:
+def test_rows_that_cannot_be_used(row: dict[str, Any], options: dict[str, Any], error: type, part: str) -> None:
     with pytest.raises(error) as caught:
         tokens(row, word_tokenizer(), **options)
     assert part in str(caught.value)
@@ -293,9 +287,7 @@ def _text_file(folder: Path) -> str:
 
 def test_held_out_rows_are_the_same_every_time_and_never_trained_on(tmp_path: Path) -> None:
     file = jsonl(tmp_path / "rows.jsonl", ROWS)
-    first, second = (
-        load_data(section(file=file, eval_fraction=0.25), ByteTokenizer(), seed=3) for _ in range(2)
-    )
+    first, second = (load_data(section(file=file, eval_fraction=0.25), ByteTokenizer(), seed=3) for _ in range(2))
     assert first.evaluation is not None
     assert second.evaluation is not None
     assert (len(first.train), len(first.evaluation)) == (15, 5)
@@ -320,9 +312,7 @@ def test_cut_and_empty_rows_are_told(tmp_path: Path) -> None:
         {"prompt": "abcdef", "completion": "b"},
         {"prompt": "a", "completion": "b"},
     ]
-    loaded = load_data(
-        section(file=jsonl(tmp_path / "rows.jsonl", rows), max_length=4), ByteTokenizer(), seed=0
-    )
+    loaded = load_data(section(file=jsonl(tmp_path / "rows.jsonl", rows), max_length=4), ByteTokenizer(), seed=0)
     assert len(loaded.train) == 2
     assert any("2 of 3 rows cut to data.max_length=4" in note for note in loaded.notes)
     assert any("1 of 3 rows left out: no label tokens" in note for note in loaded.notes)

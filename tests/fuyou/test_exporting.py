@@ -97,9 +97,7 @@ def test_interrupted_exports_leave_the_earlier_one_whole(fail_at: int, single_fi
     assert_holds(tmp_path / "out", earlier)
 
 
-def test_a_kill_between_the_files_leaves_the_earlier_one_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kill_between_the_files_leaves_the_earlier_one_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing cleans up after a kill: new files under new names, the old index naming the old ones."""
     earlier, later = tiny_model("llama", seed=1), tiny_model("llama", seed=2)
     export(earlier, tmp_path / "out")
@@ -139,7 +137,9 @@ def test_from_a_store(tmp_path: Path) -> None:
     model = fuyou.from_pretrained(tmp_path / "checkpoint", offload=config)
     with model.fuyou:
         model.save_pretrained(tmp_path / "first")
-    with fuyou.from_pretrained(tmp_path / "checkpoint", offload=dataclasses.replace(config, resume="must")).fuyou as runtime:
+    with fuyou.from_pretrained(
+        tmp_path / "checkpoint", offload=dataclasses.replace(config, resume="must")
+    ).fuyou as runtime:
         runtime.export(str(tmp_path / "second"))
     for folder in ("first", "second"):
         assert_holds(tmp_path / folder, plain)

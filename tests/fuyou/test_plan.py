@@ -155,7 +155,9 @@ def test_micro_batches_of_unequal_size_with_little_room(tmp_path: Path) -> None:
         folder.mkdir()
         plan = dataclasses.replace(made(folder), activation_pool_bytes=budget)
         model = fuyou.from_config(
-            config, offload=fuyou.OffloadConfig(store=folder / "store", device="cpu", plan=plan, micro_batch_size=3), seed=1
+            config,
+            offload=fuyou.OffloadConfig(store=folder / "store", device="cpu", plan=plan, micro_batch_size=3),
+            seed=1,
         )
         with model.fuyou:
             optimizer = fuyou.AdamW(model, lr=1e-2, max_grad_norm=1.0)

@@ -39,7 +39,9 @@ HARDWARE = HardwareProfile(
 )
 
 
-def shard(name: str, millions: int, kind: str = "layer", borrowed: tuple[str, ...] = (), borrowed_bytes: int = 0) -> ShardSize:
+def shard(
+    name: str, millions: int, kind: str = "layer", borrowed: tuple[str, ...] = (), borrowed_bytes: int = 0
+) -> ShardSize:
     """A bfloat16 block of `millions` x 2**20 parameters, its states in records of 20 MiB."""
     n = millions * MIB
     return ShardSize(
@@ -57,7 +59,11 @@ def shard(name: str, millions: int, kind: str = "layer", borrowed: tuple[str, ..
     )
 
 
-UNTIED = [shard("prologue", 4, "prologue"), *(shard(f"layers.{i}", 6) for i in range(8)), shard("epilogue", 4, "epilogue")]
+UNTIED = [
+    shard("prologue", 4, "prologue"),
+    *(shard(f"layers.{i}", 6) for i in range(8)),
+    shard("epilogue", 4, "epilogue"),
+]
 TIED = [*UNTIED[:-1], shard("epilogue", 1, "epilogue", ("prologue",), 8 * MIB)]
 
 
@@ -218,7 +224,8 @@ def train(
     """The committed step after so many, and the bytes that each but the first two moved."""
     torch.manual_seed(0)
     model = fuyou.from_config(
-        config, offload=fuyou.OffloadConfig(store=folder, device="cpu", host_memory=host_memory, compute_dtype="float32")
+        config,
+        offload=fuyou.OffloadConfig(store=folder, device="cpu", host_memory=host_memory, compute_dtype="float32"),
     )
     moved = 0
     with model.fuyou:

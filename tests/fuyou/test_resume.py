@@ -50,7 +50,12 @@ def adamw(model: Any, max_grad_norm: float | None) -> Any:
 
 
 def train(
-    store: Path, max_grad_norm: float | None, *, until: int = NUM_STEPS, on_step: Callable[[int, float], None], **offload: Any
+    store: Path,
+    max_grad_norm: float | None,
+    *,
+    until: int = NUM_STEPS,
+    on_step: Callable[[int, float], None],
+    **offload: Any,
 ) -> str:
     """Train from where the store stands; returns how it was opened. Batch and dropout follow from the step's number."""
     model = open_model(store, **offload)
@@ -204,7 +209,9 @@ def test_resume_with_another_plan_in_a_moved_directory(uninterrupted: Any, tmp_p
         prefetch_depth=1,
         num_io_threads=1,
         blocks=tuple(
-            dataclasses.replace(b, states_in_host=False, weights_in_host=i % 2 == 0, gradient="spill" if i % 2 else "host")
+            dataclasses.replace(
+                b, states_in_host=False, weights_in_host=i % 2 == 0, gradient="spill" if i % 2 else "host"
+            )
             for i, b in enumerate(plan.blocks)
         ),
     )
@@ -306,7 +313,9 @@ def test_failure_while_the_states_are_laid_out(tmp_path: Path, monkeypatch: pyte
 def digest(store: Path) -> dict[str, str]:
     """Every file of a store but its lock."""
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(store.iterdir()) if "lock" not in path.name
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(store.iterdir())
+        if "lock" not in path.name
     }
 
 
@@ -318,12 +327,16 @@ def trained(tmp_path: Path) -> Path:
 
 
 def other_model(store: Path) -> Any:
-    return fuyou.from_config(tiny_model_config("gpt2"), offload=fuyou.OffloadConfig(store=store, device="cpu", host_memory="64MiB"))
+    return fuyou.from_config(
+        tiny_model_config("gpt2"), offload=fuyou.OffloadConfig(store=store, device="cpu", host_memory="64MiB")
+    )
 
 
 def other_seed(store: Path) -> Any:
     return fuyou.from_config(
-        tiny_model_config("llama"), offload=fuyou.OffloadConfig(store=store, device="cpu", host_memory="64MiB"), seed=SEED + 1
+        tiny_model_config("llama"),
+        offload=fuyou.OffloadConfig(store=store, device="cpu", host_memory="64MiB"),
+        seed=SEED + 1,
     )
 
 

@@ -77,9 +77,7 @@ def streamed(config: Any, folder: Path, **options: Any) -> Any:
     return fuyou.from_config(config, offload=offload, seed=1)
 
 
-def trainer(
-    model: Any, folder: Path, optimizer: Any = None, callbacks: Any = None, **changes: Any
-) -> Trainer:
+def trainer(model: Any, folder: Path, optimizer: Any = None, callbacks: Any = None, **changes: Any) -> Trainer:
     config = model.config
     return Trainer(
         model=model,
@@ -115,9 +113,7 @@ def test_equals_plain_trainer(name: str, tmp_path: Path) -> None:
         assert min(history(expected, "grad_norm")) > 0.5  # clipping was at work
         model.save_pretrained(tmp_path / "end")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "end", dtype="auto")
-    for (parameter_name, parameter), wanted in zip(
-        exported.named_parameters(), plain.parameters(), strict=True
-    ):
+    for (parameter_name, parameter), wanted in zip(exported.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(parameter, wanted, rtol=1e-3, atol=2e-6, msg=parameter_name)
 
 

@@ -96,9 +96,7 @@ def test_training_again_after_the_end_does_nothing(uninterrupted: Path) -> None:
     assert metrics(uninterrupted) == lines
 
 
-def test_inspect_verify_and_export(
-    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_inspect_verify_and_export(uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = str(uninterrupted / "store")
     assert main(["inspect", store, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == NUM_STEPS
@@ -114,9 +112,7 @@ def test_inspect_verify_and_export(
         assert (exported / name).read_bytes() == (trained / name).read_bytes()
 
 
-def test_verify_finds_a_flipped_bit(
-    uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_verify_finds_a_flipped_bit(uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = tmp_path / "store"
     shutil.copytree(uninterrupted / "store", store)
     for file in store.glob("extents-*.bin"):
@@ -225,9 +221,7 @@ def test_stopping_and_continuing_changes_no_bit(uninterrupted: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_run_that_was_ended_by_a_signal_resumes(
-    uninterrupted: Path, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_a_run_that_was_ended_by_a_signal_resumes(uninterrupted: Path, tmp_path: Path, number: signal.Signals) -> None:
     # Many steps, so that the signal arrives in the middle; only the first few are compared.
     recipe = write_recipe(tmp_path)
     with TrainingProcess(
@@ -245,8 +239,7 @@ def test_a_run_that_was_ended_by_a_signal_resumes(
     else:
         assert code == 130
         assert errors == (
-            f"fuyou: interrupted: the store stands at step {committed}: "
-            "run the same command to resume there\n"
+            f"fuyou: interrupted: the store stands at step {committed}: run the same command to resume there\n"
         )
     steps = ["--set", f"training.max_steps={committed + 2}", "--set", "training.lr_scheduler_type=constant"]
     no_export = ["--set", "output.export=false"]
@@ -388,9 +381,7 @@ def test_a_store_that_is_in_use(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "store" in message
 
 
-def test_a_full_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     from io_engine import space
 
     monkeypatch.setattr(space, "free_bytes", lambda path: 4096)
@@ -406,9 +397,7 @@ def test_a_path_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert str(tmp_path / "file") in message
 
 
-@pytest.mark.skipif(
-    os.geteuid() == 0, reason="root may write anywhere, so a read-only folder cannot be made by chmod"
-)
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere, so a read-only folder cannot be made by chmod")
 def test_a_read_only_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "read-only"
     folder.mkdir(mode=0o500)
@@ -417,9 +406,7 @@ def test_a_read_only_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert str(folder) in message
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self").is_dir(), reason="needs /proc as a directory that even root cannot write"
-)
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc as a directory that even root cannot write")
 def test_a_directory_that_nobody_can_write(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, message = refused(capsys, write_recipe(tmp_path, offload__store="/proc/self/store"))
     assert code == 1
@@ -460,14 +447,10 @@ def test_a_tokenizer_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_wrong_model_configs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, message = refused(
-        capsys, write_recipe(tmp_path, model__config={**TINY_LLAMA, "model_type": "lama"})
-    )
+    code, message = refused(capsys, write_recipe(tmp_path, model__config={**TINY_LLAMA, "model_type": "lama"}))
     assert code == 2
     assert "lama" in message
-    code, message = refused(
-        capsys, write_recipe(tmp_path, model__config={**TINY_LLAMA, "num_attention_heads": "two"})
-    )
+    code, message = refused(capsys, write_recipe(tmp_path, model__config={**TINY_LLAMA, "num_attention_heads": "two"}))
     assert code == 2
 
 
@@ -488,9 +471,7 @@ def test_a_folder_that_an_export_would_overwrite(tmp_path: Path, capsys: pytest.
 
 
 @pytest.mark.parametrize(("how", "code"), [("must", 1), ("3", 1)])
-def test_resume_where_there_is_nothing(
-    tmp_path: Path, how: str, code: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_resume_where_there_is_nothing(tmp_path: Path, how: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     found, message = refused(capsys, write_recipe(tmp_path), "--resume", how)
     assert found == code
     assert "no run to resume" in message

@@ -245,9 +245,7 @@ def test_forked_children_do_not_get_the_memory(num_bytes: int) -> None:
             assert "hg" in flags
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*multi-threaded.*:DeprecationWarning"
-)  # other tests may have left threads
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # other tests may have left threads
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_forked_child_that_drops_a_pool_unmaps_nothing_of_its_own(tmp_path: Path) -> None:
     pool = BufferPool(64 * MIB, name="test")

@@ -31,9 +31,7 @@ def test_the_checksum_is_over_all_bytes(num_bytes: int) -> None:
 def test_pieces_are_combined_as_little_endian_u64() -> None:
     data = pattern(10_000, seed=3)
     digests = [piece_digest(data[begin : begin + 4096]) for begin in range(0, 10_000, 4096)]
-    assert digests == [
-        xxhash.xxh3_64_intdigest(data.tobytes()[begin : begin + 4096]) for begin in (0, 4096, 8192)
-    ]
+    assert digests == [xxhash.xxh3_64_intdigest(data.tobytes()[begin : begin + 4096]) for begin in (0, 4096, 8192)]
     by_hand = xxhash.xxh3_64_hexdigest(struct.pack("<3Q", *digests))
     assert combine_checksums(digests) == f"xxh3-pieces:{by_hand}"
     assert combine_checksums(digests[::-1]) != combine_checksums(digests)

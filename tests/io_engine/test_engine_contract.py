@@ -98,9 +98,7 @@ def test_many_transfers_at_once(rig: Rig) -> None:
     num_files, num_each, num_bytes = 3, 12, 5 * PAGE
     data = {(f, i): pattern(num_bytes, seed=100 * f + i) for f in range(num_files) for i in range(num_each)}
     writes = [
-        rig.engine.write(
-            Extent(rig.path(f"{f}.bin"), i * num_bytes, num_bytes), aligned(num_bytes, data[f, i])
-        )
+        rig.engine.write(Extent(rig.path(f"{f}.bin"), i * num_bytes, num_bytes), aligned(num_bytes, data[f, i]))
         for f, i in data
     ]
     for transfer in reversed(writes):
@@ -109,8 +107,7 @@ def test_many_transfers_at_once(rig: Rig) -> None:
         assert rig.contents(rig.path(f"{f}.bin")) == b"".join(data[f, i].tobytes() for i in range(num_each))
     arrays = {key: aligned(num_bytes) for key in data}
     reads = {
-        (f, i): rig.engine.read(Extent(rig.path(f"{f}.bin"), i * num_bytes, num_bytes), arrays[f, i])
-        for f, i in data
+        (f, i): rig.engine.read(Extent(rig.path(f"{f}.bin"), i * num_bytes, num_bytes), arrays[f, i]) for f, i in data
     }
     # New writes beside the reads, to other files.
     others = [

@@ -23,9 +23,7 @@ def test_sub_stays_inside(offset_bytes: int, num_bytes: int) -> None:
         Extent("file", 4096, 16384).sub(offset_bytes, num_bytes)
 
 
-@pytest.mark.parametrize(
-    ("offset_bytes", "num_bytes"), [(1, 4096), (0, 4095), (0, 0), (-4096, 4096), (0, -4096)]
-)
+@pytest.mark.parametrize(("offset_bytes", "num_bytes"), [(1, 4096), (0, 4095), (0, 0), (-4096, 4096), (0, -4096)])
 def test_unaligned_extents_cannot_exist(offset_bytes: int, num_bytes: int) -> None:
     with pytest.raises(ValueError, match="direct I/O"):
         Extent("file", offset_bytes, num_bytes)

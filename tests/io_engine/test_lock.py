@@ -28,9 +28,7 @@ def test_the_same_process_cannot_open_it_twice(tmp_path: Path) -> None:
     with PosixEngine(1) as engine:
         with Store.create(tmp_path / "s", identity={}, engine=engine):
             for _ in range(2):  # also after a refusal, which must not have dropped the lock
-                with pytest.raises(
-                    StoreLockedError, match=f"already open in this process \\({os.getpid()}\\)"
-                ):
+                with pytest.raises(StoreLockedError, match=f"already open in this process \\({os.getpid()}\\)"):
                     Store.open(tmp_path / "s", engine=engine)
             (tmp_path / "link").symlink_to(tmp_path / "s")
             with pytest.raises(StoreLockedError):
@@ -84,9 +82,7 @@ def test_children_of_a_dead_process_do_not_hold_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.filterwarnings(
-    "ignore:.*multi-threaded.*:DeprecationWarning"
-)  # forking beside threads is the point here
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # forking beside threads is the point here
 def test_a_forked_child_neither_uses_nor_releases_it(tmp_path: Path) -> None:
     with PosixEngine(1) as engine:
         store = Store.create(tmp_path / "s", identity={}, engine=engine)

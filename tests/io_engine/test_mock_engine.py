@@ -147,9 +147,7 @@ def test_threads_that_wait_move_the_clock_together() -> None:
     engine = MockEngine(order="lifo")
     engine.files["a"] = bytearray(PAGE * 40)
     transfers = [engine.read(Extent("a", i * PAGE, PAGE), aligned(PAGE)) for i in range(40)]
-    threads = [
-        threading.Thread(target=lambda part=transfers[i::4]: [t.wait() for t in part]) for i in range(4)
-    ]
+    threads = [threading.Thread(target=lambda part=transfers[i::4]: [t.wait() for t in part]) for i in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

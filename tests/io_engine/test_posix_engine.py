@@ -52,9 +52,7 @@ def test_a_file_system_that_refuses_to_open_directly(tmp_path: Path, monkeypatch
 
 
 @needs_direct
-def test_a_file_system_that_refuses_the_first_direct_request(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_system_that_refuses_the_first_direct_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import fcntl
 
     def refusing(real: Callable[..., int]) -> Callable[..., int]:
@@ -148,9 +146,7 @@ def test_a_directory_is_not_a_file(tmp_path: Path) -> None:
     assert caught.value.filename == str(tmp_path)
 
 
-def test_a_failed_write_stops_the_rest_and_waits_for_what_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_stops_the_rest_and_waits_for_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = os.pwritev
     second_runs, first_failed = threading.Event(), threading.Event()
     calls: list[int] = []
@@ -243,9 +239,7 @@ def test_forget_while_requests_run(tmp_path: Path) -> None:
     assert Path(path).read_bytes() == data.tobytes()
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*multi-threaded.*:DeprecationWarning"
-)  # forking beside threads is the point here
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")  # forking beside threads is the point here
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_forked_child_is_told(tmp_path: Path) -> None:
     with PosixEngine(2) as engine:

@@ -84,9 +84,7 @@ def test_create_commit_reopen(tmp_path: Path, engine: Engine) -> None:
         assert (store.active_slot("w"), store.inactive_slot("w")) == (1, 0)
         assert store.state == {"rng": [1, 2.5, None], "pair": [1, 2]}  # as it reads back
         w2 = pattern(10_000, seed=3)
-        store.commit(
-            step=7, slots={"w": 0}, checksums={"w": write(store, engine, "w", 0, w2)}, state={"at": 7}
-        )
+        store.commit(step=7, slots={"w": 0}, checksums={"w": write(store, engine, "w", 0, w2)}, state={"at": 7})
         uuid = store.uuid
         if isinstance(engine, MockEngine):
             engine.lose_unsynced()  # everything committed was synced
@@ -108,10 +106,7 @@ def test_create_commit_reopen(tmp_path: Path, engine: Engine) -> None:
 
 
 def test_extents_are_aligned_and_apart(tmp_path: Path, engine: Engine) -> None:
-    specs = [
-        ExtentSpec(f"e{i}", n, num_slots=1 + i % 2)
-        for i, n in enumerate([1, 5 * MIB, PAGE + 1, 2 * MIB, 70_000])
-    ]
+    specs = [ExtentSpec(f"e{i}", n, num_slots=1 + i % 2) for i, n in enumerate([1, 5 * MIB, PAGE + 1, 2 * MIB, 70_000])]
     with Store.create(tmp_path / "s", identity={}, engine=engine) as store:
         store.allocate(specs)
         extents = [store.extent(s.name, slot) for s in specs for slot in range(s.num_slots)]
@@ -301,9 +296,7 @@ def test_a_read_only_directory_is_eacces(tmp_path: Path, posix: PosixEngine) -> 
     assert str(folder) in str(caught.value.filename)
 
 
-def test_a_read_only_file_system_is_erofs(
-    tmp_path: Path, posix: PosixEngine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_only_file_system_is_erofs(tmp_path: Path, posix: PosixEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     real_open = os.open
 
     def read_only(path: str, flags: int, *args: Any, **kwargs: Any) -> int:
@@ -319,9 +312,7 @@ def test_a_read_only_file_system_is_erofs(
 
 
 def _pretend_free(monkeypatch: pytest.MonkeyPatch, num_bytes: int) -> None:
-    monkeypatch.setattr(
-        os, "statvfs", lambda path: SimpleNamespace(f_bavail=num_bytes // PAGE, f_frsize=PAGE)
-    )
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=num_bytes // PAGE, f_frsize=PAGE))
 
 
 def test_a_full_drive_is_told_before_anything_is_written(
@@ -387,9 +378,7 @@ def test_scratch_of_a_crashed_run_is_removed(tmp_path: Path, engine: Engine) -> 
     assert (folder / "mine.txt").exists()
 
 
-def _committed_store(
-    folder: Path, engine: Engine, *, piece_bytes: int = 0, num_bytes: int = 20 * MIB + 777
-) -> None:
+def _committed_store(folder: Path, engine: Engine, *, piece_bytes: int = 0, num_bytes: int = 20 * MIB + 777) -> None:
     with Store.create(folder, identity={}, engine=engine) as store:
         store.allocate([ExtentSpec("w", num_bytes, 2, piece_bytes), ExtentSpec("small", 100)])
         data = pattern(num_bytes, seed=9)
@@ -549,8 +538,7 @@ def test_the_bytes_on_disk_are_as_documented(tmp_path: Path, posix: PosixEngine)
     raw = (folder / layout["files"][file_index]["name"]).read_bytes()[offset : offset + data.size]
     assert raw == data.tobytes()
     packed = b"".join(
-        struct.pack("<Q", xxhash.xxh3_64_intdigest(raw[begin : begin + piece]))
-        for begin in range(0, data.size, piece)
+        struct.pack("<Q", xxhash.xxh3_64_intdigest(raw[begin : begin + piece])) for begin in range(0, data.size, piece)
     )
     assert manifest["checksums"]["w"] == "xxh3-pieces:" + xxhash.xxh3_64_hexdigest(packed)
     assert sorted(os.listdir(folder)) == [

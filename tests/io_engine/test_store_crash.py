@@ -266,9 +266,7 @@ def test_an_interrupt_after_the_manifest_is_durable(tmp_path: Path, monkeypatch:
         assert Store.peek(store.directories).step == 1
 
 
-def test_a_store_whose_disk_is_unknown_refuses_to_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_store_whose_disk_is_unknown_refuses_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rename succeeds, the sync of the folder fails, and so does every attempt to put the old manifest
     back.
     """

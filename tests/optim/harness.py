@@ -201,9 +201,7 @@ class Trainer:
         self.layouts = layouts(dtype)
         self.folder = folder
         opened = Store.exists(folder)
-        self.store = (
-            Store.open(folder, engine=engine) if opened else Store.create(folder, identity={}, engine=engine)
-        )
+        self.store = Store.open(folder, engine=engine) if opened else Store.create(folder, identity={}, engine=engine)
         self.weights = GarbagePool(1 << 20, name="weights")
         self.gradients = GarbagePool(gradient_bytes, name="gradients")
         record_class_bytes = 65536  # of a bfloat16 record of CHUNK elements, with or without its gradient
@@ -215,9 +213,7 @@ class Trainer:
             name: self.records.acquire(self.layouts[name].state_bytes) for name in resident
         }
         self.parameters = {
-            name: torch.nn.Parameter(torch.zeros(shape))
-            for shapes in SHAPES.values()
-            for name, shape in shapes.items()
+            name: torch.nn.Parameter(torch.zeros(shape)) for shapes in SHAPES.values() for name, shape in shapes.items()
         }
         self.num_dropped = 0
         self.seen: dict[str, ByteArray] = {}

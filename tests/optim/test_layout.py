@@ -142,9 +142,7 @@ def test_json_round_trip(layout: ShardLayout) -> None:
         ({"w": (0, 4)}, "bfloat16", 4096, "no elements"),
     ],
 )
-def test_impossible_layouts(
-    shapes: dict[str, tuple[int, ...]], dtype: str, chunk_elements: int, message: str
-) -> None:
+def test_impossible_layouts(shapes: dict[str, tuple[int, ...]], dtype: str, chunk_elements: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ShardLayout.of("s", shapes, dtype, chunk_elements)
 

@@ -36,9 +36,7 @@ def sums_by_definition(g: NDArray[np.float32]) -> list[float]:
 
 def gradient_of(num_elements: int, seed: int) -> NDArray[np.float32]:
     rng = np.random.default_rng(seed)
-    return (rng.standard_normal(num_elements) * 10.0 ** rng.integers(-25, 10, num_elements)).astype(
-        np.float32
-    )
+    return (rng.standard_normal(num_elements) * 10.0 ** rng.integers(-25, 10, num_elements)).astype(np.float32)
 
 
 @pytest.mark.parametrize(

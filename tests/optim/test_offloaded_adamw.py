@@ -161,9 +161,7 @@ def test_max_grad_norm_may_change_between_steps(lazy: LazyDrive, tmp_path: Path)
 
 
 @pytest.mark.parametrize("spilled", [(), ALL, ("layers.0",)])
-def test_backward_passes_add_up_until_a_step(
-    spilled: tuple[str, ...], engine: Engine, tmp_path: Path
-) -> None:
+def test_backward_passes_add_up_until_a_step(spilled: tuple[str, ...], engine: Engine, tmp_path: Path) -> None:
     """Three passes, each with gradients that the others lack; spilled ones come back to be added to."""
     trainer = Trainer(tmp_path / "s", engine, window="forward", spilled=spilled, max_grad_norm=0.5)
     plain = PlainAdamW(initial_masters(), 0.5)
@@ -209,9 +207,7 @@ def test_norm_before_the_step(lazy: LazyDrive, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("num_records", [1, 2, 8])
-def test_any_number_of_record_buffers(
-    num_records: int, window: Window, engine: Engine, tmp_path: Path
-) -> None:
+def test_any_number_of_record_buffers(num_records: int, window: Window, engine: Engine, tmp_path: Path) -> None:
     """One buffer must do: read, update, write, one after the other."""
     trainer = Trainer(tmp_path / "s", engine, window=window, num_records=num_records, num_workers=1)
     plain = PlainAdamW(initial_masters())
@@ -440,9 +436,7 @@ def test_what_is_not_committed_leaves_the_store_alone(
 
 
 @pytest.mark.parametrize("resident", [(), ALL])
-def test_updates_that_no_step_accepts_change_nothing(
-    resident: tuple[str, ...], engine: Engine, tmp_path: Path
-) -> None:
+def test_updates_that_no_step_accepts_change_nothing(resident: tuple[str, ...], engine: Engine, tmp_path: Path) -> None:
     """zero_grad() after updates in the backward window: slots and resident states as before."""
     trainer = Trainer(tmp_path / "s", engine, window="backward", resident=resident)
     plain = PlainAdamW(initial_masters())
@@ -542,9 +536,7 @@ def test_non_finite_gradients_skip_the_step(
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_an_update_that_overflows_is_refused(
-    window: Window, dtype: str, engine: Engine, tmp_path: Path
-) -> None:
+def test_an_update_that_overflows_is_refused(window: Window, dtype: str, engine: Engine, tmp_path: Path) -> None:
     """The store stays at the step before, whole; every call says so from then on."""
     masters = initial_masters()
     masters["l0.bias"][3] = np.uint32(0x7F7E0000).view(np.float32)  # 3.376e38, exact in bfloat16
@@ -611,9 +603,7 @@ def test_parameters_that_are_not_trained(lazy: LazyDrive, tmp_path: Path) -> Non
     """In the constructor and in add_param_group."""
     with pytest.raises(ValueError, match="1 of 1 parameters"):
         Trainer(tmp_path / "s", lazy, window="forward", groups=lambda p: [{"params": [p["l0.frozen"]]}])
-    trainer = Trainer(
-        tmp_path / "t", lazy, window="forward", groups=lambda p: [{"params": [p["embed"]], "lr": 1e-2}]
-    )
+    trainer = Trainer(tmp_path / "t", lazy, window="forward", groups=lambda p: [{"params": [p["embed"]], "lr": 1e-2}])
     with pytest.raises(ValueError, match="1 of 1 parameters"):
         trainer.optimizer.add_param_group({"params": [torch.nn.Parameter(torch.zeros(2))]})
     assert len(trainer.optimizer.param_groups) == 1
@@ -644,9 +634,7 @@ def test_gradients_of_parameters_in_no_group(window: Window, lazy: LazyDrive, tm
 @pytest.mark.parametrize("window", WINDOWS)
 def test_a_step_that_updates_nothing_is_committed(window: Window, lazy: LazyDrive, tmp_path: Path) -> None:
     """All gradients belong to parameters in no group."""
-    trainer = Trainer(
-        tmp_path / "s", lazy, window=window, groups=lambda p: [{"params": [p["norm"]], "lr": 1e-2}]
-    )
+    trainer = Trainer(tmp_path / "s", lazy, window=window, groups=lambda p: [{"params": [p["norm"]], "lr": 1e-2}])
     trainer.train(without(random_gradients(0), "norm"))
     trainer.optimizer.flush()
     assert (trainer.store.step, trainer.optimizer.step_count) == (1, 1)
@@ -689,9 +677,7 @@ def test_wrong_hyperparameters_set_later(window: Window, lazy: LazyDrive, tmp_pa
 
 
 @pytest.mark.parametrize("field", ["lr", "betas", "eps", "weight_decay"])
-def test_hyperparameters_changed_between_backward_and_step(
-    field: str, lazy: LazyDrive, tmp_path: Path
-) -> None:
+def test_hyperparameters_changed_between_backward_and_step(field: str, lazy: LazyDrive, tmp_path: Path) -> None:
     """RuntimeError in the backward window, with nothing changed: the former value makes the step."""
     trainer = Trainer(tmp_path / "s", lazy, window="backward")
     plain = PlainAdamW(initial_masters())
@@ -847,7 +833,7 @@ def test_an_io_error_stops_everything(
         plain.step(random_gradients(step))
     trainer.optimizer.flush()
     fault(trainer)
-    with pytest.raises(OSError, match=r"broken|full|Input|space") as caught:  # noqa: PT012  # sooner or later
+    with pytest.raises(OSError, match=r"broken|full|Input|space") as caught:  # sooner or later
         for step in range(5, 8):
             trainer.train(random_gradients(step))
     assert caught.value.errno in (errno.EIO, errno.ENOSPC)
@@ -989,7 +975,7 @@ def test_an_engine_that_takes_no_more_writes(
         return write(extent, array)
 
     monkeypatch.setattr(lazy, "write", refuse)
-    with pytest.raises(RuntimeError, match="the engine is closed"):  # noqa: PT012  # sooner or later
+    with pytest.raises(RuntimeError, match="the engine is closed"):  # sooner or later
         for step in range(3):
             trainer.train(random_gradients(step))
     trainer.close()
@@ -1120,9 +1106,7 @@ def test_ctrl_c_while_waiting_loses_nothing(lazy: LazyDrive, tmp_path: Path) -> 
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            trainer.optimizer._intake._thread, "submit", lambda *a: Interrupting(submit(*a)), raising=True
-        )
+        patch.setattr(trainer.optimizer._intake._thread, "submit", lambda *a: Interrupting(submit(*a)), raising=True)
         with pytest.raises(KeyboardInterrupt):
             trainer.optimizer.step()
     gate.set()
@@ -1154,14 +1138,10 @@ def test_calls_after_close(window: Window, lazy: LazyDrive, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("spilled", [(), ALL])
-def test_close_at_any_moment(
-    window: Window, spilled: tuple[str, ...], lazy: LazyDrive, tmp_path: Path
-) -> None:
+def test_close_at_any_moment(window: Window, spilled: tuple[str, ...], lazy: LazyDrive, tmp_path: Path) -> None:
     """Gradients arriving, held, spilled, pending: buffers come back, threads end (Trainer.close looks)."""
     for moment in range(4):
-        trainer = Trainer(
-            tmp_path / f"s{moment}", lazy, window=window, spilled=spilled, resident=("epilogue",)
-        )
+        trainer = Trainer(tmp_path / f"s{moment}", lazy, window=window, spilled=spilled, resident=("epilogue",))
         trainer.train(random_gradients(0))
         if moment == 1:
             trainer.backward(random_gradients(1), ["layers.1", "epilogue"])
