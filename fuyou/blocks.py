@@ -296,4 +296,4 @@ def _constructors_values_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        nn.Module.register_parameter = register_on_meta
+        nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]

@@ -113,7 +113,7 @@ def _make(tmp_path: Path) -> Iterator[Callable[..., Pair]]:
     yield make
     for pair in made:
         pair.model.fuyou.abandon()
-    del made
+    made.clear()
     gc.collect()
 
 
