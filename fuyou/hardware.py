@@ -7,12 +7,14 @@ import dataclasses
 import json
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
 
+from fuyou.costs import num_update_workers
 from fuyou.errors import ConfigError
 from io_engine import probe_directory
 from optim.kernels import AdamWScalars, adamw_split
@@ -81,7 +83,7 @@ def measure_hardware(
         device=device,
         num_cores=num_cores(),
         compute_flops_per_second=_measure_compute(device, compute_dtype),
-        adam_parameters_per_second=_measure_adam(),
+        adam_parameters_per_second=_measure_adam(num_update_workers(device, num_cores())),
         read_bytes_per_second=drive.read_bytes_per_second,
         write_bytes_per_second=drive.write_bytes_per_second,
         mixed_bytes_per_second=drive.mixed_bytes_per_second,
@@ -137,15 +139,22 @@ def _measure_compute(device: str, compute_dtype: str) -> float:
     return 2.0 * a.shape[0] * n * n / best
 
 
-def _measure_adam() -> float:
-    """Best of three updates of 4M parameters on one core."""
-    n = 4 * 2**20
-    high, low = np.full(n, 0x3F80, np.uint16), np.zeros(n, np.uint16)
-    m, v, g = (np.full(n, value, np.float32) for value in (0.0, 0.0, 0.1))
+def _measure_adam(num_workers: int) -> float:
+    """Parameters per second: best of three updates of 2M parameters by each of the workers, all at once."""
+    n = 2 * 2**20
     scalars = AdamWScalars.at_step(lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=1)
-    best = float("inf")
-    for _ in range(3):
-        started = time.perf_counter()
+
+    def update(arrays: tuple[np.ndarray[Any, Any], ...]) -> None:
+        high, low, m, v, g = arrays
         adamw_split(high, low, m, v, g, scalars)
-        best = min(best, time.perf_counter() - started)
-    return n / best
+
+    halves = (np.full(n, 0x3F80, np.uint16), np.zeros(n, np.uint16))
+    moments = tuple(np.full(n, value, np.float32) for value in (0.0, 0.0, 0.1))
+    owned = [tuple(array.copy() for array in (*halves, *moments)) for _ in range(num_workers)]
+    best = float("inf")
+    with ThreadPoolExecutor(num_workers) as workers:
+        for _ in range(3):
+            started = time.perf_counter()
+            list(workers.map(update, owned))
+            best = min(best, time.perf_counter() - started)
+    return num_workers * n / best

@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from fuyou.building import StreamedParameter
 from fuyou.errors import ConfigError
-from optim import OffloadedAdamW, global_norm
+from optim import OffloadedAdamW
 
 logger = logging.get_logger(__name__)
 
@@ -127,11 +127,7 @@ def _nothing() -> None:
 
 def _global_norm(optimizer: OffloadedAdamW) -> torch.Tensor:
     """The norm of the gradients that wait for `step()`, as a vector of one element; zero if there are none."""
-    optimizer._finish_arrivals()
-    sums: dict[str, float] = {}
-    for held in optimizer._held.values():
-        sums |= held.sums
-    return torch.tensor([global_norm(sums)])
+    return torch.tensor([optimizer.grad_norm()])
 
 
 def _unwrapped(optimizer: Any) -> Any:

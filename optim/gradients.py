@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -38,10 +37,7 @@ class ShardGradient:
 
 @dataclasses.dataclass
 class HeldGradient:
-    """A whole gradient waiting for `step()` or for its update: in memory, or spilled to `extent`.
-
-    Both are None once an update owns it.
-    """
+    """A whole gradient, from its arrival to the end of its update: in memory, or spilled to `extent`."""
 
     layout: ShardLayout
     gradient: ShardGradient | None
@@ -50,13 +46,8 @@ class HeldGradient:
     sums: dict[str, float]
     """Sum of squares of each parameter's gradient, as `optim.norm` defines it."""
 
-    @property
-    def is_finite(self) -> bool:
-        """Whether no element is NaN or infinite."""
-        return all(math.isfinite(value) for value in self.sums.values())
-
     def release(self) -> None:
-        """Give its buffer back, if it has one."""
+        """Give its buffer back, if it still has one."""
         gradient, self.gradient = self.gradient, None
         if gradient is not None:
             gradient.buffer.release()
@@ -157,11 +148,9 @@ class GradientIntake:
         return held
 
     def close(self) -> None:
-        """Take in what is submitted, stop the thread, give the buffers back. Idempotent."""
+        """Take in what is submitted, stop the thread; what is held stays for `take_all`. Idempotent."""
         self._closed = True
         self._thread.shutdown()
-        while self.held:
-            self.held.popitem()[1].release()
 
     def _raise_if_failed(self) -> None:
         if self.error is not None:

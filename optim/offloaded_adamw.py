@@ -151,11 +151,10 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._pending: dict[str, _PendingUpdate] = {}
         self._pending_commit: _Commit | None = None
         # Backward window, since the last step: shards whose gradient was handed over; of those whose update
-        # has begun, job and scalars; whether a gradient was not finite.
+        # has begun, job and scalars.
         self._given: set[str] = set()
         self._step_jobs: dict[str, UpdateJob] = {}
         self._speculated: dict[str, dict[str, AdamWScalars]] = {}
-        self._poisoned = False
 
         saved: Mapping[str, Any] = store.state.get("optimizer", {})
         self.step_count: int = int(saved.get("step_count", 0))
@@ -325,6 +324,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._closed = True
         self._intake.close()
         self._updater.close()
+        for held in self._intake.take_all().values():
+            held.release()
         while self._pending:
             self._pending.popitem()[1].held.release()
 
@@ -350,7 +351,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
     def wait_written(self, shard: str) -> None:
         """Block until the shard's latest weights can be read; raises what went wrong with them.
 
-        Where an update has begun that no step() has accepted, those are in the slot that it left alone.
+        Where an update has begun that no step() has accepted, those are in the slot that it left alone; it is
+        through then, so that buffers in which it ran can be forgotten.
         """
         if shard in self._given:
             self._finish_arrivals()
@@ -467,8 +469,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
     def _speculate(self, held: HeldGradient, weights: npt.NDArray[np.uint8], on_done: Callable[[], None]) -> None:
         """Begin an update that `step()` may accept; on the intake's thread."""
-        self._poisoned = self._poisoned or not held.is_finite
-        scalars = {} if self._poisoned else self._scalars(held, self._groups_by_name())
+        scalars = self._scalars(held, self._groups_by_name())
         if not scalars:
             on_done()
             return
@@ -484,12 +485,12 @@ class OffloadedAdamW(torch.optim.Optimizer):
         wait_before: Sequence[Transfer],
         on_done: Callable[[], None],
     ) -> UpdateJob:
+        """Queue an update, whose end releases the gradient."""
         layout, gradient = held.layout, held.gradient
         slot = self._slots[layout.name]
 
         def done() -> None:
-            if gradient is not None:
-                gradient.buffer.release()
+            held.release()
             on_done()
 
         job = UpdateJob(
@@ -509,7 +510,6 @@ class OffloadedAdamW(torch.optim.Optimizer):
             ),
         )
         self._updater.submit(job)
-        held.gradient = None  # the job owns it now
         self._jobs[layout.name] = job
         return job
 
@@ -543,8 +543,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
             self._end_speculation()
             for name in jobs:
                 self._slots[name] = 1 - self._slots[name]
-            for h in held.values():
-                h.release()  # of shards without a parameter in any group
+            for name in held.keys() - jobs.keys():
+                held[name].release()  # of shards without a parameter in any group
             self._submit_commit(_Commit(self.step_count, state, frozenset(jobs), jobs))
             return
         pending = {name: _PendingUpdate(h, scalars[name], scale) for name, h in held.items() if scalars[name]}
@@ -576,7 +576,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
             self._drop_resident_weights()
 
     def _end_speculation(self) -> None:
-        self._step_jobs, self._speculated, self._poisoned = {}, {}, False
+        self._step_jobs, self._speculated = {}, {}
         self._given = set()
 
     def _start_pending(self) -> None:

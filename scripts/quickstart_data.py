@@ -39,7 +39,7 @@ urllib.robotparser uuid venv warnings wave weakref webbrowser wsgiref.simple_ser
 xml.etree.ElementTree xml.sax xmlrpc.client zipapp zipfile zipimport zlib zoneinfo
 """
 
-MIN_ANSWER_CHARACTERS = 120
+MIN_ANSWER_CHARACTERS = 200
 MAX_ANSWER_CHARACTERS = 900
 
 
@@ -102,16 +102,16 @@ def _pair(path: str, name: str, value: object, opening: str) -> Iterator[Pair]:
 
 
 def _answer(docstring: str, name: str) -> str:
-    """The first paragraphs of a docstring, as many as fit, each on one line; without a leading signature."""
-    paragraphs = [" ".join(part.split()) for part in re.split(r"\n\s*\n", docstring)]
+    """The first paragraphs of a docstring as they stand, as many as fit; without a leading signature."""
+    paragraphs = re.split(r"\n\s*\n", docstring)
     while paragraphs and re.match(rf"(\w+\.)*{re.escape(name)}\(", paragraphs[0]):
         paragraphs.pop(0)
     kept: list[str] = []
     for paragraph in paragraphs:
-        if sum(map(len, kept)) + len(paragraph) > MAX_ANSWER_CHARACTERS or paragraph.startswith(">>>"):
+        if sum(map(len, kept)) + len(paragraph) > MAX_ANSWER_CHARACTERS:
             break
         kept.append(paragraph)
-    return "\n".join(kept)
+    return "\n\n".join(kept)
 
 
 def convert_packaged_model(target: Path) -> None:

@@ -48,27 +48,34 @@ _SIZES: dict[int, str] = {
 _TINY = {name: value for value, names in _SIZES.items() for name in names.split()}
 # None there means something else than the default of a number.
 _SET_THOUGH_NONE = {"pad_token_id", "bos_token_id", "eos_token_id", "time_step_rank"}
-_DROPOUTS = (
-    "attention_dropout resid_pdrop embd_pdrop attn_pdrop hidden_dropout dropout hidden_dropout_prob "
-    "attention_probs_dropout_prob activation_dropout"
-).split()
-
+_DROPOUTS = {
+    "attention_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "hidden_dropout",
+    "dropout",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "activation_dropout",
+}
 _LATENT = {"num_key_value_heads": 4, "head_dim": 8, "qk_head_dim": 24}
-_HEADS_16 = {"num_key_value_heads": 2, "head_dim": 16}
 _DECODER = {"is_decoder": True}
 _CONV = {"layer_types": ["conv", "full_attention", "conv"]}
-_CHANGES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(
-        "deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa minicpm3 axk1 axk2 longcat_flash youtu dots3_note_text".split(),
+_FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    (
+        "deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa minicpm3 axk1 axk2 longcat_flash youtu dots3_note_text",
         _LATENT,
     ),
-    **dict.fromkeys("ministral hunyuan_v1_dense hunyuan_v1_moe nemotron".split(), _HEADS_16),
-    **dict.fromkeys(
+    ("ministral hunyuan_v1_dense hunyuan_v1_moe nemotron", {"num_key_value_heads": 2, "head_dim": 16}),
+    (
         "bert bert-generation camembert data2vec-text electra ernie megatron-bert rembert roberta roberta-prelayernorm "
-        "roc_bert roformer xlm-roberta xlm-roberta-xl xmod".split(),
+        "roc_bert roformer xlm-roberta xlm-roberta-xl xmod",
         _DECODER,
     ),
-    **dict.fromkeys("qwen3_5_text qwen3_5_moe_text qwen3_next qwen4_exp_text".split(), {"num_hidden_layers": 4}),
+    ("qwen3_5_text qwen3_5_moe_text qwen3_next qwen4_exp_text", {"num_hidden_layers": 4}),
+]
+_CHANGES: dict[str, dict[str, Any]] = {name: changes for names, changes in _FAMILIES for name in names.split()} | {
     "deepseek_v2": {**_LATENT, "num_experts_per_tok": 2},
     "diffllama": {"attention_dropout": 0.0},
     "falcon": {"num_kv_heads": 2},

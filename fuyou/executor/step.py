@@ -196,7 +196,8 @@ class StepExecutor:
 
     def use(self, weights: WeightStream, activations: ActivationStore) -> None:
         """Work over these from now on; nothing may be running or held."""
-        assert not self._bound and self._record is None
+        assert not self._bound
+        assert self._record is None
         self._weights, self._activations = weights, activations
 
     # --- a training step -------------------------------------------------------------------------------------------
@@ -431,8 +432,8 @@ class StepExecutor:
         """Back to the schedule, until it has bound what comes next."""
         if where <= micro_batch.next_stop:
             raise ModelError(
-                f"layer {where} was called after layer {micro_batch.next_stop}: only models that run their layers once, in order, "
-                "can be streamed"
+                f"layer {where} was called after layer {micro_batch.next_stop}: only models that run their layers once, in "
+                "order, can be streamed"
             )
         micro_batch.next_stop = where
         assert self._hub is not None

@@ -19,15 +19,20 @@ NUM_STEPS, ACCUMULATION = 3, 4
 OPTIONS: dict[str, Any] = {"lr": 3e-3, "weight_decay": 0.1, "max_grad_norm": 0.5}
 
 
+def _reset() -> None:
+    """What accelerate keeps for the whole process."""
+    GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(autouse=True)
 def _fresh_state() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    _reset()
     yield
+    _reset()
     torch.set_num_threads(threads)
-    # accelerate keeps these for the whole process.
-    GradientState._reset_state()
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def streamed(folder: Path, name: str = "llama", **options: Any) -> Any:

@@ -161,7 +161,7 @@ def test_sigkill_at_random_moments(uninterrupted: Any, tmp_path: Path) -> None:
     max_grad_norm, expected, weights = uninterrupted
     store, choose = tmp_path / "store", random.Random(20240 + int(max_grad_norm is None))
     last_returned, num_killed = -1, 0
-    for _ in range(4):
+    for _ in range(3):
         child = Child(store, max_grad_norm)
         going = child.read_until(choose.randint(1, 2))
         if going:
@@ -178,7 +178,7 @@ def test_sigkill_at_random_moments(uninterrupted: Any, tmp_path: Path) -> None:
         last_returned = max(last_returned, *child.losses)
         if last_returned == NUM_STEPS - 1:
             break
-    assert num_killed >= 3
+    assert num_killed >= 2
     committed = Store.peek(store).step
     assert last_returned + 1 - committed <= 2
     losses: dict[int, float] = {}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import fuyou
@@ -29,6 +30,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+    # accelerate keeps these for the whole process.
+    GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Rows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
