@@ -148,9 +148,12 @@ def _measure_adam(num_workers: int) -> float:
         high, low, m, v, g = arrays
         adamw_split(high, low, m, v, g, scalars)
 
-    halves = (np.full(n, 0x3F80, np.uint16), np.zeros(n, np.uint16))
-    moments = tuple(np.full(n, value, np.float32) for value in (0.0, 0.0, 0.1))
-    owned = [tuple(array.copy() for array in (*halves, *moments)) for _ in range(num_workers)]
+    fills: tuple[tuple[float, Any], ...] = (
+        (0x3F80, np.uint16),
+        (0, np.uint16),
+        *((x, np.float32) for x in (0.0, 0.0, 0.1)),
+    )
+    owned = [tuple(np.full(n, value, dtype) for value, dtype in fills) for _ in range(num_workers)]
     best = float("inf")
     with ThreadPoolExecutor(num_workers) as workers:
         for _ in range(3):

@@ -567,11 +567,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
             held.release()
         jobs = self._step_jobs
         self._end_speculation()
-        for name in jobs:
-            # Both were updated in place.
-            if name in self._resident:
-                self._resident[name].filled = False
-            del self._jobs[name]
+        # States and weights in memory were updated in place.
+        for name in jobs.keys() & self._resident.keys():
+            self._resident[name].filled = False
         if jobs:
             self._drop_resident_weights()
 

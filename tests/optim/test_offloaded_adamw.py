@@ -901,8 +901,9 @@ def test_weights_that_cannot_be_read_for_their_update(lazy: LazyDrive, tmp_path:
 def test_a_gradient_that_never_arrives(window: Window, lazy: LazyDrive, tmp_path: Path) -> None:
     """Whatever the copy from the device raises comes out of step(); buffers come back."""
     trainer = Trainer(tmp_path / "s", lazy, window=window)
-    gradient = trainer.optimizer.acquire_gradient("layers.1")
+    gradient, next_one = (trainer.optimizer.acquire_gradient(shard) for shard in ("layers.1", "epilogue"))
     gradient.arrived.add("l1.bias")
+    next_one.arrived.add("norm")
     given_back: list[int] = []
 
     def wait() -> None:
@@ -911,11 +912,14 @@ def test_a_gradient_that_never_arrives(window: Window, lazy: LazyDrive, tmp_path
     buffer, array, transfer = trainer._read("layers.1")
     transfer.wait()
     trainer.optimizer.gradient_complete(gradient, array, wait=wait, on_done=lambda: given_back.append(1))
+    trainer.optimizer.gradient_complete(next_one, array, wait=lambda: None, on_done=lambda: given_back.append(2))
     for call in (trainer.optimizer.step, trainer.optimizer.flush, trainer.optimizer.zero_grad):
         with pytest.raises(RuntimeError, match="the device is gone"):
             call()
     buffer.release()
-    assert given_back == ([1] if window == "backward" else [])
+    assert given_back == ([1, 2] if window == "backward" else [])
+    assert trainer.optimizer.is_written("epilogue") == (window == "forward")
+    assert not trainer.optimizer._jobs  # nothing is begun after a failure
     assert trainer.store.step == 0
     trainer.close()
 
