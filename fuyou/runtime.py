@@ -33,7 +33,6 @@ from io_engine import (
     Buffer,
     BufferPool,
     Engine,
-    Extent,
     ExtentSpec,
     Store,
     combine_checksums,
@@ -476,12 +475,9 @@ class Runtime:
             device=self._device,
         )
         self._activations = ActivationStore(
-            pool=activations, engine=self._engine, scratch=self._scratch, device=self._device
+            pool=activations, engine=self._engine, scratch=self.store.scratch, device=self._device
         )
         self._executor.use(self._weights, self._activations)
-
-    def _scratch(self, name: str, num_bytes: int) -> Extent:
-        return self.store.scratch(name, num_bytes)
 
     def _load_shard(self, name: str) -> None:
         """Bring a shard in as a forward pass would; an update that is pending for it begins."""
