@@ -245,7 +245,11 @@ def meta_model(config: Any, dtype: torch.dtype, **kwargs: Any) -> Iterator[nn.Mo
         _constructors_values_kept(),
     ):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+        try:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+        except ValueError as error:
+            kind = getattr(config, "model_type", type(config).__name__)
+            raise ModelError(f"transformers makes no causal language model of this {kind} config: {error}") from error
     model.tie_weights()  # ties are lost while parameters are replaced by meta ones
     yield model
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -325,7 +326,6 @@ def _open(
         for note in getattr(store, "notes", ()):
             resumed += f"; {note}"
         if device == "cpu" and torch.get_num_threads() != numerics["num_threads"]:
-            torch.set_num_threads(numerics["num_threads"])
             resumed += f"; compute threads set to the run's {numerics['num_threads']}"
         runtime = Runtime(
             model,
@@ -338,6 +338,7 @@ def _open(
             device=device,
             seed=numerics["seed"],
             micro_batch_size=numerics["micro_batch_size"],
+            num_threads=numerics["num_threads"],
             resumed=resumed,
         )
         _load_generation_config(model, folder)
@@ -473,14 +474,31 @@ def _load_generation_config(model: Any, folder: Path | None) -> None:
 def _config_from(description: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig
 
-    data = dict(description["config"])
+    data = _from_jsonable(description["config"])
     return AutoConfig.for_model(data.pop("model_type"), **data)
 
 
-def _jsonable(data: dict[str, Any]) -> dict[str, Any]:
-    import json
+_SPECIAL_FLOAT = "__float__"
+"""Key of what stands for a number that JSON lacks, as in transformers' own config files."""
 
-    return dict(json.loads(json.dumps(data, default=str)))
+
+def _jsonable(data: Any) -> Any:
+    """`data` in strict JSON's types: what is unknown as its string, infinity as {"__float__": "inf"}."""
+    if isinstance(data, Mapping):
+        return {str(key): _jsonable(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_jsonable(value) for value in data]
+    if isinstance(data, float) and not math.isfinite(data):
+        return {_SPECIAL_FLOAT: str(data)}
+    return data if data is None or isinstance(data, (bool, int, float, str)) else str(data)
+
+
+def _from_jsonable(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        if data.keys() == {_SPECIAL_FLOAT}:
+            return float(data[_SPECIAL_FLOAT])
+        return {key: _from_jsonable(value) for key, value in data.items()}
+    return [_from_jsonable(value) for value in data] if isinstance(data, list) else data
 
 
 __all__ = [

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import inspect
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -239,6 +240,7 @@ class Runtime:
         device: str,
         seed: int,
         micro_batch_size: int | None,
+        num_threads: int,
         resumed: str,
     ) -> None:
         self.config = config
@@ -258,6 +260,8 @@ class Runtime:
         self._device: Device = make_device(device, trace)
         self._queued: list[tuple[Mapping[str, Any], float]] = []
         self._queued_scales: list[float] = []
+        self._queued_since = -1
+        """The optimizer's num_steps_called when the queue was empty: only its micro-batches go into one step."""
         self._micro_batches_of_step = (-1, 0)
         self._closed = False
         self._metrics: dict[str, Any] = {}
@@ -277,6 +281,10 @@ class Runtime:
             trace=trace,
             seed=seed,
         )
+        # On the CPU sums depend on how many threads make them: the run's own number, until it is closed.
+        self._num_threads_before = torch.get_num_threads()
+        if device == "cpu":
+            torch.set_num_threads(num_threads)
         self._build_pools()
         self._take_over_model()
         self._meter = MemoryMeter()
@@ -320,6 +328,7 @@ class Runtime:
         self._closed = True
         # From the last line up. Pools before the engine: a read that nobody waits for any more keeps its own memory.
         with contextlib.ExitStack() as stack:
+            stack.callback(torch.set_num_threads, self._num_threads_before)
             stack.callback(self._engine.close)
             stack.callback(self.store.close)
             for pool in self._pools:
@@ -402,6 +411,7 @@ class Runtime:
         except BaseException:
             self._drop_resident_states()
             raise
+        optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
         self.optimizer = optimizer
         self._weights.optimizer = optimizer
@@ -539,8 +549,13 @@ class Runtime:
             for name, value in arguments.items()
         }
         self._check_tokens(arguments)
-        if not (torch.is_grad_enabled() and self.optimizer is not None):
+        if not torch.is_grad_enabled():
             return self._infer(arguments)
+        if self.optimizer is None:
+            output = self._infer(arguments)
+            if isinstance(getattr(output, "loss", None), torch.Tensor):
+                output.loss = _LossWithoutOptimizer.apply(self._executor.anchor, output.loss)  # type: ignore[no-untyped-call]
+            return output
         with self._uninterrupted("a forward pass"):
             return self._train(arguments)
 
@@ -557,7 +572,16 @@ class Runtime:
             raise ConfigError("float16 autocast needs a gradient scaler, which is not supported: use bfloat16")
         arguments["use_cache"] = False
         arguments.pop("return_dict", None)
-        calls = self._split(arguments)
+        calls = [(part, weight) for part, weight in self._split(arguments) if weight]
+        if not calls:
+            raise DataError(
+                f"no label tokens in a batch of {len(arguments['labels'])} rows: every label is -100 (or the rows have one "
+                "token), so there is no loss; check the prompt masking and max_length"
+            )
+        if self._queued_since != self.optimizer.num_steps_called:  # they belong to a step that was given up
+            self._queued.clear()
+            self._queued_scales.clear()
+            self._queued_since = self.optimizer.num_steps_called
         if not _sync_gradients():
             self._queued += calls
             zero = _QueuedLoss.apply(self._executor.anchor, self._queued_scales)  # type: ignore[no-untyped-call]
@@ -626,15 +650,17 @@ class Runtime:
 
     def _infer(self, arguments: dict[str, Any]) -> Any:
         with self._weights_of_last_step():
-            size = self._micro_batch_size
-            labels = arguments.get("labels")
-            rows = arguments["input_ids"].shape[0] if isinstance(arguments.get("input_ids"), torch.Tensor) else 0
-            if size is None or rows <= size or labels is None:
+            if arguments.get("labels") is None:
                 return self._executor.infer(arguments)
-            outputs = [(self._executor.infer(call), weight) for call, weight in self._split(arguments)]
-            loss = sum(float(output.loss) * weight for output, weight in outputs)
-            logits = torch.cat([output.logits for output, _ in outputs])
-            return type(outputs[0][0])(loss=torch.tensor(loss, device=logits.device), logits=logits)
+            parts = self._split(arguments)
+            if len(parts) == 1:
+                return self._executor.infer(arguments)
+            loss, logits = 0.0 if any(weight for _, weight in parts) else math.nan, []
+            for part, weight in parts:
+                output = self._executor.infer(part if weight else {**part, "labels": None})
+                loss += weight * float(output.loss) if weight else 0.0
+                logits.append(output.logits)
+            return type(output)(loss=torch.tensor(loss, device=logits[0].device), logits=torch.cat(logits))
 
     @contextlib.contextmanager
     def _weights_of_last_step(self) -> Iterator[None]:
@@ -661,23 +687,19 @@ class Runtime:
         return self.optimizer is not None and self._gradients_since == self.optimizer.num_steps_called
 
     def _split(self, arguments: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], float]]:
-        """Micro-batches of at most micro_batch_size rows, each with its loss's weight: its share of the label tokens."""
+        """Micro-batches of at most micro_batch_size rows, each with its loss's weight: its share of the label tokens.
+
+        One without label tokens has weight 0, and no loss that is a number.
+        """
         labels = arguments["labels"]
         counts = _num_label_tokens(labels)
         total = int(counts.sum())
-        if total == 0:
-            raise DataError(
-                f"no label tokens in a batch of {labels.shape[0]} rows: every label is -100 (or the rows have one token), so "
-                "there is no loss; check the prompt masking and max_length"
-            )
         rows, size = labels.shape[0], self._micro_batch_size
         if size is None or rows <= size:
-            return [(arguments, 1.0)]
+            return [(arguments, 1.0 if total else 0.0)]
         calls: list[tuple[Mapping[str, Any], float]] = []
         for start in range(0, rows, size):
             here = int(counts[start : start + size].sum())
-            if here == 0:
-                continue
             piece = {
                 name: value[start : start + size]
                 if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == rows
@@ -685,7 +707,7 @@ class Runtime:
                 for name, value in arguments.items()
             }
             # With a given number of items the model's loss is a sum over it already.
-            weight = 1.0 if arguments.get("num_items_in_batch") is not None else here / total
+            weight = 1.0 if here and arguments.get("num_items_in_batch") is not None else here / max(total, 1)
             calls.append((piece, weight))
         return calls
 
@@ -716,6 +738,15 @@ class Runtime:
         return output_type(loss=loss)
 
     # --- around a step -----------------------------------------------------------------------------------------------
+
+    def _before_step(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        if self._queued and self._queued_since == optimizer.num_steps_called:
+            raise RuntimeError(
+                f"optimizer.step() while {len(self._queued)} micro-batches wait for the last one of their step: accelerate's "
+                "sync_gradients is False, so their losses are not computed yet. Step after the last micro-batch of a step "
+                "(accelerator.accumulate() does so); after a loop that was interrupted, call optimizer.zero_grad() and "
+                "GradientState()._set_sync_gradients(True)"
+            )
 
     def _after_step(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
         result = optimizer.last_step
@@ -801,6 +832,21 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         ctx.runtime._backward(ctx.record, float(gradient))
         return None, None, None
+
+
+class _LossWithoutOptimizer(torch.autograd.Function):
+    """A loss before there is an optimizer: a number to look at, an explanation for who calls backward()."""
+
+    @staticmethod
+    def forward(_ctx: Any, _anchor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(_ctx: Any, *_gradients: torch.Tensor) -> Any:
+        raise ModelError(
+            "this model has no optimizer that takes its gradients block by block: call fuyou.AdamW(model, lr=...) before "
+            "the forward pass (and give it to Trainer as optimizers=(optimizer, None))"
+        )
 
 
 class _QueuedLoss(torch.autograd.Function):

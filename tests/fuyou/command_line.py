@@ -90,7 +90,8 @@ class TrainingProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            # Both: torch's own number of threads is MKL's where that is set.
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
         )
         # A process that hangs must not hang the tests.
         self._guard = threading.Timer(120.0, self._process.kill)

@@ -117,6 +117,26 @@ def test_losses_scaled_differently_are_refused(tmp_path: Path) -> None:
     model.fuyou.abandon()
 
 
+def test_a_step_that_never_got_its_last_micro_batch(tmp_path: Path) -> None:
+    """Stepping says so; zero_grad() forgets them, so that they end in no later step."""
+    model = streamed(tmp_path, "llama")
+    optimizer = fuyou.AdamW(model, **OPTIONS)
+    accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
+    first, second = micro_batches(model.config)[0][:2]
+    with accelerator.accumulate(model):
+        model(**first).loss.backward()
+    with pytest.raises(RuntimeError, match="1 micro-batches wait"):
+        optimizer.step()
+    optimizer.zero_grad()
+    GradientState()._set_sync_gradients(True)
+    with torch.no_grad():
+        expected = model(**second).loss
+    model(**second).loss.backward()
+    optimizer.step()
+    assert model.fuyou.step_metrics()["loss"] == pytest.approx(expected.item())
+    model.fuyou.close()
+
+
 def test_plain_loop_with_a_schedule_and_groups_equals_torch(tmp_path: Path) -> None:
     """torch.optim.AdamW, clip_grad_norm_ and a scheduler over the plain model, within rounding."""
     model = streamed(tmp_path, name="llama_tied", micro_batch_size=2)

@@ -293,6 +293,36 @@ def test_ctrl_c_leaves_a_store_that_resumes(
         assert torch.equal(weights[key], expected[key]), key
 
 
+def test_a_run_keeps_its_compute_threads_until_it_is_closed(tmp_path: Path) -> None:
+    open_model(tmp_path / "store").fuyou.close()
+    torch.set_num_threads(2)
+    model = open_model(tmp_path / "store")
+    assert torch.get_num_threads() == 1
+    assert "compute threads set to the run's 1" in model.fuyou.resumed
+    model.fuyou.close()
+    assert torch.get_num_threads() == 2
+
+
+def test_a_config_that_holds_infinity(tmp_path: Path) -> None:
+    """As those of bamba and mamba2 do: JSON has no such number, the store keeps it all the same."""
+    config = tiny_model_config("llama")
+    config.time_step_limit = (0.0, float("inf"))
+    offload = fuyou.OffloadConfig(store=tmp_path / "store", device="cpu", host_memory="64MiB")
+    fuyou.from_config(config, offload=offload).fuyou.close()
+    model = fuyou.open_store_model(tmp_path / "store")
+    assert list(model.config.time_step_limit) == [0.0, float("inf")]
+    model.fuyou.close()
+
+
+def test_training_without_an_optimizer_is_explained(tmp_path: Path) -> None:
+    model = open_model(tmp_path / "store")
+    loss = model(**batches(1)[0]).loss
+    assert loss.item() > 0
+    with pytest.raises(fuyou.ModelError, match=r"fuyou\.AdamW"):
+        loss.backward()
+    model.fuyou.close()
+
+
 EXIT = """
 import sys, torch
 torch.set_num_threads(1)

@@ -398,6 +398,21 @@ def test_no_labels_at_all(make: Callable[..., Pair]) -> None:
         pair.model(**batch)
 
 
+def test_evaluation_keeps_every_row(make: Callable[..., Pair]) -> None:
+    """A batch that is split for memory, a part of it without labels: all logits, and the loss over all label tokens."""
+    pair = make(micro_batch_size=3, changes={"attention_dropout": 0.0})
+    rows = tiny_batches(pair.config, 1, 1, batch_size=7, seed=1)[0][0]
+    rows["labels"][3:6] = -100
+    with torch.no_grad():
+        found, expected = pair.model(**rows), pair.plain(**rows)
+        assert torch.allclose(found.logits, expected.logits, atol=1e-6)
+        assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
+        # As plain transformers has it: no label, no loss.
+        rows["labels"][:] = -100
+        assert torch.isnan(pair.model(**rows).loss)
+        assert torch.isnan(pair.plain(**rows).loss)
+
+
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 @pytest.mark.parametrize(
     "frozen",
