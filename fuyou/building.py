@@ -10,16 +10,19 @@ import collections
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fuyou.blocks import CONSTRUCTED_VALUES, Block, ModelBlocks
 from fuyou.errors import ModelError
+from io_engine import BufferPool, Engine, Store, combine_checksums, piece_digest
+from optim import ShardLayout
 
 BlockWriter = Callable[[Block, dict[str, torch.Tensor]], None]
 """Takes a block and its parameters' values by name, in the compute dtype, in host memory, until it returns."""
@@ -353,3 +356,24 @@ def _quietly_sequential() -> Iterator[None]:
             del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
         else:
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
+
+
+def write_block(
+    store: Store, engine: Engine, layout: ShardLayout, values: Mapping[str, torch.Tensor], pool: BufferPool
+) -> str:
+    """Write a block's weights to its extent's active slot and return their checksum; blocks."""
+    weight_type = torch.bfloat16 if layout.compute_dtype == "bfloat16" else torch.float32
+    with pool.acquire(layout.weight_bytes) as buffer:
+        array = buffer.array[: layout.weight_bytes]
+        array[:] = 0
+        flat = torch.from_numpy(array.view(np.int16 if layout.compute_dtype == "bfloat16" else np.float32))
+        flat = flat.view(weight_type)
+        for p in layout.parameters:
+            value = values[p.name]
+            if not bool(torch.isfinite(value).all()):
+                raise ModelError(f"{p.name} holds NaN or infinity: this checkpoint cannot be trained")
+            flat[p.start : p.stop].copy_(value.reshape(-1))
+        engine.write(store.extent(layout.weight_name), array).wait()
+        piece = layout.weight_piece_bytes
+        digests = [piece_digest(array[at : at + piece]) for at in range(0, len(array), piece)]
+    return combine_checksums(digests)

@@ -1,4 +1,4 @@
-"""The command line: `fuyou doctor | plan | train | inspect | verify | export`.
+"""The command line: `fuyou doctor | plan | train | inspect | verify | export | bench`.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 does not fit, 130 interrupted (SIGTERM counts as
 Ctrl-C). An error is one message on stderr; FUYOU_TRACEBACK=1 shows where it came from.
@@ -82,9 +82,9 @@ def _doctor(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     import fuyou
     from fuyou.hardware import cached_hardware, measure_hardware
+    from fuyou.planning import choose_device
     from fuyou.recipe import load_recipe
     from fuyou.recipe_text import read_json
-    from fuyou.runtime import choose_device
     from fuyou.training import model_config
 
     recipe = load_recipe(options.recipe, options.set)
@@ -173,6 +173,23 @@ def _export(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
+def _bench(options: argparse.Namespace) -> int:
+    module = _bench_module(options.bench)
+    result = module.run(options)
+    if options.json:
+        _print_json(result)
+    else:
+        print(module.describe(result))
+    return EXIT_DONE
+
+
+def _bench_module(name: str) -> Any:
+    return importlib.import_module(f"fuyou.bench.{name}")
+
+
+BENCHES = ("io", "adam", "optimizer")
+
+
 # ----------------------------------------------------------------------------------------------------- parser
 
 
@@ -225,6 +242,16 @@ def _parser() -> argparse.ArgumentParser:
             metavar="DIR",
             help="further directory of a store on several drives",
         )
+    bench = commands.add_parser("bench", help="measure a part of this machine beside its limit in the same run")
+    parts = bench.add_subparsers(title="parts", required=True, metavar="PART")
+    for name in BENCHES:
+        module = _bench_module(name)
+        sub = parts.add_parser(
+            name, help=module.SUMMARY, description=f"{module.SUMMARY[0].upper()}{module.SUMMARY[1:]}."
+        )
+        sub.set_defaults(command=_bench, bench=name)
+        sub.add_argument("--json", action="store_true", help="JSON on stdout, and nothing else")
+        module.add_arguments(sub)
     return parser
 
 

@@ -67,8 +67,9 @@ class OffloadConfig:
     """Promise: memory of fuyou's own buffers (the block in compute comes on top). None: measured, with a margin."""
     compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Data type of weights and activations in compute; the master is float32 in both cases."""
-    moment_dtype: Literal["float32"] = "float32"
-    """Data type of Adam's moments on the drive."""
+    moment_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
+    """Data type of Adam's moments on the drive: 26, 18 or 14 bytes of traffic a parameter and step with bfloat16 compute.
+    Less than float32 is rounded stochastically; docs/benchmarks.md shows what it costs. Fixed when a run is created."""
     frozen_dtype: Literal["bfloat16"] = "bfloat16"
     """How frozen blocks are stored."""
     micro_batch_size: int | None = None
@@ -95,8 +96,7 @@ class OffloadConfig:
             if getattr(self, field) is not None:
                 parse_bytes(getattr(self, field), field)
         _choice("compute_dtype", self.compute_dtype, ("bfloat16", "float32"), {"float16": "use bfloat16"})
-        later = "only float32 moments are; leave the field out"
-        _choice("moment_dtype", self.moment_dtype, ("float32",), {"bfloat16": later, "int8": later})
+        _choice("moment_dtype", self.moment_dtype, ("float32", "bfloat16", "int8"), {})
         later = "frozen weights are stored in bfloat16; leave the field out"
         _choice("frozen_dtype", self.frozen_dtype, ("bfloat16",), {"int8": later, "nf4": later})
         later = 'every step is committed; leave the field out or write "step"'

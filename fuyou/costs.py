@@ -8,9 +8,10 @@ def weight_bytes_per_parameter(compute_dtype: str) -> int:
     return 2 if compute_dtype == "bfloat16" else 4
 
 
-def state_bytes_per_parameter(compute_dtype: str) -> int:
-    """Stored state: low half (bfloat16 compute only), m and v."""
-    return 10 if compute_dtype == "bfloat16" else 8
+def state_bytes_per_parameter(compute_dtype: str, moment_dtype: str) -> float:
+    """Stored state: low half (bfloat16 compute only), m and v; int8 moments have a 4-byte scale each per 256."""
+    moment_bytes = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0 + 4 / 256}[moment_dtype]
+    return (2 if compute_dtype == "bfloat16" else 0) + 2 * moment_bytes
 
 
 def step_flops(num_parameters: int, num_tokens: int) -> float:

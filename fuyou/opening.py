@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,16 +21,18 @@ from fuyou.building import (
     random_blocks,
     replace_by_placeholders,
     resolve_checkpoint,
+    write_block,
 )
 from fuyou.config import OffloadConfig
 from fuyou.errors import ConfigError, ModelError
 from fuyou.hardware import HardwareProfile, cached_hardware
 from fuyou.memory import return_freed_memory
 from fuyou.plan import Plan
-from fuyou.runtime import Runtime, choose_device, fingerprint, plan_for, shard_layouts, write_block
+from fuyou.planning import choose_device, plan_for, shard_layouts
+from fuyou.runtime import Runtime
 from fuyou.trace import Trace
 from io_engine import BufferPool, Engine, ExtentSpec, PosixEngine, Store, StoreError, StoreSnapshot
-from optim import DEFAULT_CHUNK_ELEMENTS, OffloadedAdamW, ShardLayout
+from optim import OffloadedAdamW, ShardLayout
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -115,6 +119,7 @@ def open_store_model(store: str | os.PathLike[str] | Sequence[str], *, host_memo
         store=store,
         host_memory=host_memory,
         compute_dtype=description["compute_dtype"],
+        moment_dtype=description.get("moment_dtype", "float32"),
         resume="must",
         blocks=description.get("blocks_path"),
     )
@@ -189,7 +194,7 @@ def plan_model(
     device = hardware.device if hardware is not None else choose_device(offload)
     with meta_model(config, DTYPES[offload.compute_dtype]) as model:
         blocks = find_blocks(model, offload.blocks)
-        layouts = shard_layouts(blocks, model, offload.compute_dtype, DEFAULT_CHUNK_ELEMENTS)
+        layouts = shard_layouts(blocks, model, offload.compute_dtype, offload.moment_dtype)
     hidden = config.get_text_config().hidden_size
     itemsize = DTYPES[offload.compute_dtype].itemsize
     return plan_for(
@@ -263,7 +268,7 @@ def _open(
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     with meta_model(config, dtype, **kwargs) as model:
         blocks = find_blocks(model, offload.blocks)
-    layouts = shard_layouts(blocks, model, offload.compute_dtype, DEFAULT_CHUNK_ELEMENTS)
+    layouts = shard_layouts(blocks, model, offload.compute_dtype, offload.moment_dtype)
     replace_by_placeholders(model, dtype, torch.device(device))
     _freeze(model, trainable)
     model.train()
@@ -277,7 +282,11 @@ def _open(
         clipping=False,
         micro_batch_size=None,
     )
-    identity = {"fingerprint": fingerprint(config, type(model).__name__), "compute_dtype": offload.compute_dtype}
+    identity = {
+        "fingerprint": fingerprint(config, type(model).__name__),
+        "compute_dtype": offload.compute_dtype,
+        "moment_dtype": offload.moment_dtype,
+    }
     directories = offload.store_directories
     engine = PosixEngine(num_threads=plan.num_io_threads)
     store: Store | None = None
@@ -302,6 +311,7 @@ def _open(
                 "model": type(model).__name__,
                 "source": source,
                 "compute_dtype": offload.compute_dtype,
+                "moment_dtype": offload.moment_dtype,
                 "blocks_path": blocks.path,
                 "attn_implementation": attn_implementation,
                 "config": config.to_dict() | {"model_type": config.model_type},
@@ -394,11 +404,14 @@ def _check_identity(store: StoreSnapshot, identity: dict[str, str], model_class:
             f"{directory} belongs to another model ({found}, {source}), not to this {model_class}: name another directory for "
             "this run, or open that model"
         )
-    if store.identity.get("compute_dtype") != identity["compute_dtype"]:
-        raise StoreError(
-            f"{directory} was made with compute_dtype={store.identity.get('compute_dtype')!r}, this run asks for "
-            f"{identity['compute_dtype']!r}: a run keeps its numerics; use the former or another directory"
-        )
+    for field in ("compute_dtype", "moment_dtype"):
+        # Stores made before there was a choice of moments name none.
+        found = store.identity.get(field, "float32" if field == "moment_dtype" else None)
+        if found != identity[field]:
+            raise StoreError(
+                f"{directory} was made with {field}={found!r}, this run asks for {identity[field]!r}: a run keeps its "
+                "numerics; use the former or another directory"
+            )
 
 
 def _numerics(store: Store, offload: OffloadConfig, seed: int | None, device: str) -> dict[str, Any]:
@@ -469,6 +482,18 @@ def _load_generation_config(model: Any, folder: Path | None) -> None:
     from transformers import GenerationConfig
 
     model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def fingerprint(config: Any, model_class: str) -> str:
+    """Identifies an architecture: a hash of the model's class and config without what does not shape the weights."""
+    data = {
+        k: v
+        for k, v in config.to_dict().items()
+        if k not in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache")
+        and not k.startswith("_")
+    }
+    text = json.dumps({"class": model_class, "config": data}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _config_from(description: Mapping[str, Any]) -> Any:

@@ -24,19 +24,21 @@ class BlockPlan:
     """Keep the weights in host memory (every step still goes to the drive)."""
     states_in_host: bool
     """Keep the optimizer states in host memory (every step still goes to the drive)."""
-    gradient: Literal["host", "spill"]
-    """Where the gradient waits when updates are in the forward window."""
+    update_window: Literal["backward", "forward"]
+    """When its update runs: as soon as its gradient is whole, or on the way to its next forward pass."""
+    gradient: Literal["host", "spill", "free"]
+    """Where the gradient is kept until the step; "free": nowhere, its memory is free when the early update is through."""
     activations: Literal["recompute"] = "recompute"
     num_borrowers: int = 0
     """Other blocks that compute with its weights too (tied embeddings)."""
 
-    def num_weight_reads(self, update_window: str) -> int:
+    def num_weight_reads(self) -> int:
         """How often a steady step reads the weights from the drive."""
         if self.weights_in_host:
             return 0
         # Forward and backward pass, and once for each borrower. The epilogue's backward pass follows its forward pass
         # at once; only an update in the backward window needs its weights again.
-        once = self.kind == "epilogue" and (update_window == "forward" or not self.trainable)
+        once = self.kind == "epilogue" and (self.update_window == "forward" or not self.trainable)
         return (1 if once else 2) + self.num_borrowers
 
 
@@ -59,8 +61,6 @@ class Plan:
     compute_dtype: str
     micro_batch_size: int | None
     durability: str
-    update_window: Literal["backward", "forward"]
-    """When updates run: while the backward pass goes on, or on the way to each block's next forward pass."""
     prefetch_depth: int
     num_update_workers: int
     num_io_threads: int
@@ -71,6 +71,9 @@ class Plan:
     activation_pool_bytes: int
     blocks: tuple[BlockPlan, ...]
     reasons: dict[str, str]
+    moment_dtype: str = "float32"
+    max_clipped_share: float = 0.25
+    """Early updates are made while at most this share of the last steps was clipped, which makes them anew."""
     overhead_bytes: int = 0
     """Part of host_memory_bytes left to Python, torch's temporaries and the allocator."""
     prediction: Prediction | None = None
@@ -90,10 +93,19 @@ class Plan:
                 f"plan: its pools and overhead take {format_bytes(sum(pools))}, more than host_memory_bytes = "
                 f"{format_bytes(self.host_memory_bytes)}"
             )
-        if any(b.gradient not in ("host", "spill") for b in self.blocks):
-            raise ConfigError('plan: gradient of a block: choose "host" or "spill"')
-        if self.update_window not in ("backward", "forward"):
-            raise ConfigError(f'plan: update_window={self.update_window!r}: choose "backward" or "forward"')
+        for b in self.blocks:
+            if b.update_window not in ("backward", "forward"):
+                raise ConfigError(
+                    f'plan: update_window={b.update_window!r} of {b.name}: choose "backward" or "forward"'
+                )
+            if b.gradient not in ("host", "spill", "free"):
+                raise ConfigError(f'plan: gradient={b.gradient!r} of {b.name}: choose "host", "spill" or "free"')
+            if b.trainable and b.gradient == "free" and b.update_window == "forward":
+                raise ConfigError(
+                    f'plan: the gradient of {b.name} is needed in the forward window: choose "host" or "spill", not "free"'
+                )
+        if not 0.0 <= self.max_clipped_share <= 1.0:
+            raise ConfigError(f"plan: max_clipped_share={self.max_clipped_share!r} must be between 0 and 1")
 
     @property
     def pool_bytes(self) -> int:
@@ -107,6 +119,8 @@ class Plan:
 
     def describe(self) -> str:
         """The plan for people: one line a choice, with its reason."""
+        num_trainable = sum(b.trainable for b in self.blocks)
+        num_early = sum(b.trainable and b.update_window == "backward" for b in self.blocks)
         stored = sum(b.weight_bytes * (2 if b.trainable else 1) + 2 * b.state_bytes for b in self.blocks)
         lines = [
             f"{self.num_parameters / 1e6:.1f}M parameters in {len(self.blocks)} blocks, {self.compute_dtype} on {self.device}",
@@ -117,7 +131,8 @@ class Plan:
             f"{format_bytes(self.host_memory_bytes - self.pool_bytes)}",
             f"  kept in host   weights of {sum(b.weights_in_host for b in self.blocks)} and states of "
             f"{sum(b.states_in_host for b in self.blocks)} of {len(self.blocks)} blocks",
-            f"  updates        in the {self.update_window} window, {self.num_update_workers} workers",
+            f"  updates        of {num_early} blocks in the backward pass, of {num_trainable - num_early} on the way to their next "
+            f"forward pass; {self.num_update_workers} workers",
             f"  durability     {self.durability}",
         ]
         if self.prediction is not None:

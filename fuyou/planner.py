@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from fuyou.config import format_bytes
 from fuyou.costs import num_update_workers, step_flops
@@ -16,6 +16,10 @@ from io_engine.buffers import size_class_bytes
 MEBIBYTE = 2**20
 LEAST_RECORD_BUFFERS, COMFORTABLE_RECORD_BUFFERS = 2, 4
 """One record is read while another is updated or written; with four, all three overlap."""
+FORWARD_SHARE = 0.25
+"""Of a step's compute: 2 of the 8 operations a parameter and token; backward has 4, computing again 2."""
+LEAST_GAIN = 0.02
+"""A change of windows that shortens the step by less is not made: it would cost memory for nothing sure."""
 MIN_ACTIVATION_BYTES = 8 * MEBIBYTE
 OVERHEAD_SHARE, MAX_OVERHEAD_BYTES = 6, 96 * MEBIBYTE
 """A sixth of the budget, at most this, stays free for Python objects, kernels, torch's temporaries and what the
@@ -93,6 +97,7 @@ def make_plan(
     *,
     device: str,
     compute_dtype: str,
+    moment_dtype: str,
     host_memory_bytes: int,
     host_memory_reason: str,
     micro_batch_size: int | None,
@@ -108,12 +113,6 @@ def make_plan(
     known before the first batch), `num_tokens` the tokens of one step.
     """
     reasons = {"host_memory": host_memory_reason}
-    window: Literal["backward", "forward"] = "forward" if clipping else "backward"
-    reasons["update_window"] = (
-        "clipping needs the norm of all gradients first; each block is updated on the way to its next forward pass"
-        if clipping
-        else "no clipping: each block is updated as soon as its gradient is whole"
-    )
     least = least_memory(shards)
     overhead = overhead_bytes(host_memory_bytes)
     free = host_memory_bytes - overhead - least.pool_bytes
@@ -160,12 +159,13 @@ def make_plan(
             gradient_bytes=s.gradient_bytes if s.trainable else 0,
             weights_in_host=False,
             states_in_host=False,
-            gradient="spill" if clipping and s.trainable else "host",
+            update_window="backward",
+            gradient="spill" if clipping and s.trainable else "free",
             num_borrowers=sum(s.name in other.borrowed for other in shards),
         )
         for s in shards
     ]
-    choices = sorted(_choices(blocks, window), key=lambda c: -c.bytes_saved / c.memory_bytes)
+    choices = sorted(_choices(blocks), key=lambda c: -c.bytes_saved / c.memory_bytes)
     spills = any(b.gradient == "spill" for b in blocks)
     while choices:
         choice = next((c for c in choices if c.memory_bytes <= free), None)
@@ -186,11 +186,27 @@ def make_plan(
             surplus = max(0, min(surplus, record_pool - least.records))
             record_pool -= surplus
             free += surplus
+    late = _late_blocks(blocks, free, hardware, num_tokens)
+    for number in late:
+        change: dict[str, Any] = {"update_window": "forward"}
+        if blocks[number].gradient == "free":
+            change["gradient"] = "host"
+            gradient_pool += take(pooled_bytes(blocks[number].gradient_bytes))
+        blocks[number] = dataclasses.replace(blocks[number], **change)
     activations += take(free)
+    reasons["update_window"] = (
+        f"updates of {len(trainable) - len(late)} of {len(trainable)} blocks begin in the backward pass, as soon as their "
+        f"gradient is whole; {len(late)} on the way to their next forward pass, "
+        + ("where the drive has time" if late else "which would make no step shorter by what is known now")
+    )
     if clipping:
         num_held = sum(b.trainable and b.gradient == "host" for b in blocks)
         reasons["gradients"] = f"{num_held} of {len(trainable)} blocks' gradients wait for the norm in host memory" + (
-            ", the others in scratch files: 8 B more a parameter" if spills else ""
+            ", the others in scratch files: 4 B more a parameter, 8 B in steps that are clipped" if spills else ""
+        )
+        reasons["max_clipped_share"] = (
+            "early updates are guesses until the norm is known, and a clipped step makes them anew at about twice the "
+            "traffic: none are made while more than a quarter of the last 16 steps was clipped"
         )
     reasons["weights_in_host"] = (
         f"weights of {sum(b.weights_in_host for b in blocks)} and states of {sum(b.states_in_host for b in blocks)} of "
@@ -203,7 +219,7 @@ def make_plan(
         compute_dtype=compute_dtype,
         micro_batch_size=micro_batch_size,
         durability="step",
-        update_window=window,
+        moment_dtype=moment_dtype,
         prefetch_depth=prefetch_depth,
         num_update_workers=num_update_workers(device, num_cores),
         num_io_threads=4,
@@ -215,7 +231,7 @@ def make_plan(
         overhead_bytes=overhead,
         blocks=tuple(blocks),
         reasons=reasons,
-        prediction=None if hardware is None else predict(blocks, window, hardware, num_tokens),
+        prediction=None if hardware is None else predict(blocks, hardware, num_tokens),
     )
 
 
@@ -229,46 +245,98 @@ class _Choice:
     bytes_saved: int
 
 
-def _choices(blocks: Sequence[BlockPlan], window: str) -> Iterator[_Choice]:
+def _late_blocks(
+    blocks: Sequence[BlockPlan], free_bytes: int, hardware: HardwareProfile | None, num_tokens: int | None
+) -> list[int]:
+    """Numbers of the blocks whose updates are better made on the way to their next forward pass.
+
+    Taken from the last block down: its gradient is whole first and its weights are needed last, so that its update has
+    the most time. A gradient that clipping does not keep anyway must fit into `free_bytes` until then.
+    """
+    if hardware is None or not num_tokens:
+        return []
+    chosen: list[int] = []
+    best, best_seconds = 0, predict(blocks, hardware, num_tokens).seconds
+    tried = list(blocks)
+    for number in reversed([n for n, block in enumerate(blocks) if block.trainable]):
+        if blocks[number].gradient == "free":
+            free_bytes -= pooled_bytes(blocks[number].gradient_bytes)
+            if free_bytes < 0:
+                break
+        kept: Any = "host" if blocks[number].gradient == "free" else blocks[number].gradient
+        tried[number] = dataclasses.replace(tried[number], update_window="forward", gradient=kept)
+        chosen.append(number)
+        seconds = predict(tried, hardware, num_tokens).seconds
+        if seconds < best_seconds * (1 - LEAST_GAIN):
+            best, best_seconds = len(chosen), seconds
+    return chosen[:best]
+
+
+def _choices(blocks: Sequence[BlockPlan]) -> Iterator[_Choice]:
     for number, block in enumerate(blocks):
         if block.gradient == "spill":
-            yield _Choice(number, {"gradient": "host"}, pooled_bytes(block.gradient_bytes), 2 * block.gradient_bytes)
+            yield _Choice(number, {"gradient": "host"}, pooled_bytes(block.gradient_bytes), block.gradient_bytes)
     for number, block in enumerate(blocks):
-        saved = block.num_weight_reads(window) * block.weight_bytes
+        saved = block.num_weight_reads() * block.weight_bytes
         yield _Choice(number, {"weights_in_host": True}, pooled_bytes(block.weight_bytes), saved)
     for number, block in enumerate(blocks):
         if block.trainable:
             yield _Choice(number, {"states_in_host": True}, pooled_bytes(block.state_bytes), block.state_bytes)
 
 
-def traffic(blocks: Sequence[BlockPlan], window: str) -> tuple[int, int]:
-    """Bytes that a steady step reads from and writes to the drive, spilled activations left out."""
-    read = written = 0
+@dataclasses.dataclass
+class _WindowTraffic:
+    """Bytes of a steady step's forward or backward pass, in which no step is clipped."""
+
+    read: int = 0
+    written: int = 0
+
+
+def traffic_by_window(blocks: Sequence[BlockPlan]) -> tuple[_WindowTraffic, _WindowTraffic]:
+    """What the forward and the backward pass of a steady step move, spilled activations left out."""
+    forward, backward = _WindowTraffic(), _WindowTraffic()
     for block in blocks:
-        read += block.num_weight_reads(window) * block.weight_bytes
-        if block.trainable:
-            read += 0 if block.states_in_host else block.state_bytes
-            written += block.weight_bytes + block.state_bytes
-            if block.gradient == "spill" and window == "forward":
-                read += block.gradient_bytes
-                written += block.gradient_bytes
-    return read, written
+        if not block.weights_in_host:
+            forward.read += block.weight_bytes
+            backward.read += (block.num_weight_reads() - 1) * block.weight_bytes
+        if not block.trainable:
+            continue
+        update = backward if block.update_window == "backward" else forward
+        update.read += 0 if block.states_in_host else block.state_bytes
+        update.written += block.weight_bytes + block.state_bytes
+        if block.gradient == "spill":
+            backward.written += block.gradient_bytes
+            forward.read += block.gradient_bytes if block.update_window == "forward" else 0
+    return forward, backward
 
 
-def predict(blocks: Sequence[BlockPlan], window: str, hardware: HardwareProfile, num_tokens: int | None) -> Prediction:
-    """A steady step's traffic and time: the busiest lane's, with compute and Adam sharing the cores on a CPU."""
-    read, written = traffic(blocks, window)
+def traffic(blocks: Sequence[BlockPlan]) -> tuple[int, int]:
+    """Bytes that a steady step reads from and writes to the drive, spilled activations left out."""
+    windows = traffic_by_window(blocks)
+    return sum(w.read for w in windows), sum(w.written for w in windows)
+
+
+def predict(blocks: Sequence[BlockPlan], hardware: HardwareProfile, num_tokens: int | None) -> Prediction:
+    """A steady step's traffic and time: each pass takes as long as its busiest lane, on a CPU compute and Adam share one."""
     num_parameters = sum(b.num_parameters for b in blocks)
     compute = step_flops(num_parameters, num_tokens or 0) / hardware.compute_flops_per_second
-    adam = sum(b.num_parameters for b in blocks if b.trainable) / hardware.adam_parameters_per_second
-    lanes = {
-        "gpu": compute,
-        "cpu": adam,
-        "ssd_read": read / hardware.read_bytes_per_second,
-        "ssd_write": written / hardware.write_bytes_per_second,
-    }
-    drive = (read + written) / hardware.mixed_bytes_per_second
-    cores = compute + adam if hardware.device == "cpu" else max(compute, adam)
-    seconds = max(cores, drive, *lanes.values())
+    seconds = 0.0
+    lanes = dict.fromkeys(("gpu", "cpu", "ssd_read", "ssd_write"), 0.0)
+    for window, share, moved in zip(
+        ("forward", "backward"), (FORWARD_SHARE, 1 - FORWARD_SHARE), traffic_by_window(blocks), strict=True
+    ):
+        updated = sum(b.num_parameters for b in blocks if b.trainable and b.update_window == window)
+        adam = updated / hardware.adam_parameters_per_second
+        busy = {
+            "gpu": share * compute,
+            "cpu": adam,
+            "ssd_read": moved.read / hardware.read_bytes_per_second,
+            "ssd_write": moved.written / hardware.write_bytes_per_second,
+        }
+        drive = (moved.read + moved.written) / hardware.mixed_bytes_per_second
+        cores = busy["gpu"] + busy["cpu"] if hardware.device == "cpu" else 0.0
+        seconds += max(cores, drive, *busy.values())
+        for lane, lane_seconds in busy.items():
+            lanes[lane] += lane_seconds
     limiting = max(lanes, key=lambda lane: lanes[lane])
-    return Prediction(seconds, lanes, limiting, read, written)
+    return Prediction(seconds, lanes, limiting, *traffic(blocks))

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import hashlib
 import inspect
-import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from fuyou.blocks import PROLOGUE, Block, ModelBlocks
-from fuyou.config import OffloadConfig, format_bytes, parse_bytes
+from fuyou.config import OffloadConfig, format_bytes
 from fuyou.errors import ConfigError, DataError, ModelError, PlanError
 from fuyou.executor.activations import ActivationStore
 from fuyou.executor.device import Device, make_device
 from fuyou.executor.step import ForwardRecord, StepExecutor
 from fuyou.executor.weights import WeightStream
 from fuyou.exporting import export_checkpoint
-from fuyou.hardware import available_host_bytes, cached_hardware, num_cores
+from fuyou.hardware import cached_hardware
 from fuyou.memory import MemoryMeter
 from fuyou.plan import Plan
-from fuyou.planner import ShardSize, least_memory, make_plan, pooled_bytes, predict
+from fuyou.planner import least_memory, pooled_bytes, predict
+from fuyou.planning import plan_for, shard_sizes
+from fuyou.streamed_adamw import StreamedAdamW
 from fuyou.trace import Trace, TracingEngine
 from io_engine import (
     Buffer,
@@ -36,192 +34,8 @@ from io_engine import (
     Engine,
     ExtentSpec,
     Store,
-    combine_checksums,
-    piece_digest,
 )
-from optim import OffloadedAdamW, ShardLayout
-
-HOST_MEMORY_SHARE = 0.7
-"""Part of the memory available now that is taken when host_memory is not given."""
-
-
-def shard_layouts(
-    blocks: ModelBlocks, model: nn.Module, compute_dtype: str, chunk_elements: int
-) -> dict[str, ShardLayout]:
-    """One shard for each block that owns parameters."""
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    return {
-        block.name: ShardLayout.of(
-            block.name, {name: shapes[name] for name in block.parameters}, compute_dtype, chunk_elements
-        )
-        for block in blocks.blocks
-        if block.parameters
-    }
-
-
-def shard_sizes(
-    blocks: ModelBlocks, layouts: Mapping[str, ShardLayout], trainable: Callable[[str], bool]
-) -> list[ShardSize]:
-    """What the planner knows of the blocks that own parameters, in the order of the forward pass."""
-    return [
-        ShardSize(
-            name=block.name,
-            kind=block.kind,
-            num_parameters=layouts[block.name].num_parameters,
-            trainable=any(trainable(name) for name in block.parameters),
-            weight_bytes=layouts[block.name].weight_bytes,
-            state_bytes=layouts[block.name].state_bytes,
-            gradient_bytes=layouts[block.name].gradient_bytes,
-            record_bytes=layouts[block.name].full_record_bytes,
-            gradient_chunk_bytes=layouts[block.name].gradient_range(0)[1],
-            borrowed_bytes=sum(layouts[b].weight_bytes for b in block.borrows),
-            borrowed=block.borrows,
-        )
-        for block in _with_borrowers(blocks, layouts)
-    ]
-
-
-def _with_borrowers(blocks: ModelBlocks, layouts: Mapping[str, ShardLayout]) -> list[Block]:
-    """The blocks that own parameters; what a block without any borrows counts for the last layer."""
-    owning = [block for block in blocks.blocks if block.name in layouts]
-    borrowed = {name for block in owning for name in block.borrows}
-    orphaned = tuple({b: None for block in blocks.blocks if block.name not in layouts for b in block.borrows})
-    missing = tuple(name for name in orphaned if name not in borrowed)
-    if missing:
-        owning[-1] = dataclasses.replace(owning[-1], borrows=(*owning[-1].borrows, *missing))
-    return owning
-
-
-def check_plan(plan: Plan, sizes: Sequence[ShardSize], config: OffloadConfig, *, device: str, clipping: bool) -> None:
-    """ConfigError if a plan that was given is for another model or run, PlanError if its pools would lock up."""
-    expected = {s.name: s for s in sizes}
-    if [b.name for b in plan.blocks] != list(expected):
-        raise ConfigError(
-            f"plan: its blocks ({len(plan.blocks)}, first {plan.blocks[0].name if plan.blocks else None!r}) are not those of "
-            f"this model ({len(expected)}, first {next(iter(expected))!r}): make a plan for this model"
-        )
-    for block in plan.blocks:
-        size = expected[block.name]
-        if (block.weight_bytes, block.num_parameters) != (size.weight_bytes, size.num_parameters):
-            raise ConfigError(
-                f"plan: block {block.name} has {block.num_parameters} parameters in {block.weight_bytes} bytes, the model's "
-                f"{size.num_parameters} in {size.weight_bytes}: make a plan for this model and compute_dtype"
-            )
-    for field, planned, actual in (
-        ("compute_dtype", plan.compute_dtype, config.compute_dtype),
-        ("device", torch.device(plan.device).type, torch.device(device).type),
-    ):
-        if planned != actual:
-            raise ConfigError(f"plan: {field}={planned!r}, this run has {actual!r}: make a plan for this run")
-    if clipping and plan.update_window == "backward":
-        raise ConfigError('plan: update_window="backward" cannot clip; use "forward" or max_grad_norm=None')
-    least = least_memory(sizes)
-    held = plan.update_window == "forward"
-    for field, has, needs in (
-        (
-            "weight_pool_bytes",
-            plan.weight_pool_bytes,
-            least.weights + sum(pooled_bytes(b.weight_bytes) for b in plan.blocks if b.weights_in_host),
-        ),
-        (
-            "gradient_pool_bytes",
-            plan.gradient_pool_bytes,
-            least.gradients + sum(pooled_bytes(b.gradient_bytes) for b in plan.blocks if held and b.gradient == "host"),
-        ),
-        (
-            "record_pool_bytes",
-            plan.record_pool_bytes,
-            least.records + sum(pooled_bytes(b.state_bytes) for b in plan.blocks if b.states_in_host),
-        ),
-    ):
-        if has < needs:
-            raise PlanError(
-                f"plan: {field} = {has} is {needs - has} bytes short of what its choices for the blocks need ({needs})"
-            )
-
-
-def plan_for(
-    blocks: ModelBlocks,
-    layouts: Mapping[str, ShardLayout],
-    trainable: Callable[[str], bool],
-    config: OffloadConfig,
-    *,
-    device: str,
-    clipping: bool,
-    micro_batch_size: int | None,
-    hardware: Any = None,
-    boundary_bytes: int | None = None,
-    num_tokens: int | None = None,
-) -> Plan:
-    """The plan of a model on this machine; the config's own plan, if it has one. Raises as `make_plan`."""
-    if config.plan is not None:
-        plan = config.plan if isinstance(config.plan, Plan) else Plan.from_json(config.plan)
-        check_plan(plan, shard_sizes(blocks, layouts, trainable), config, device=device, clipping=clipping)
-        return plan
-    if config.host_memory is not None:
-        host_bytes, reason = parse_bytes(config.host_memory, "host_memory"), "as given"
-    else:
-        available = available_host_bytes()
-        host_bytes = int(available * HOST_MEMORY_SHARE)
-        reason = f"{HOST_MEMORY_SHARE:.0%} of what is available now"
-    return make_plan(
-        shard_sizes(blocks, layouts, trainable),
-        device=device,
-        compute_dtype=config.compute_dtype,
-        host_memory_bytes=host_bytes,
-        host_memory_reason=reason,
-        micro_batch_size=micro_batch_size,
-        clipping=clipping,
-        num_cores=num_cores(),
-        hardware=hardware,
-        boundary_bytes=boundary_bytes,
-        num_tokens=num_tokens,
-    )
-
-
-def choose_device(config: OffloadConfig) -> str:
-    """The device's name; ConfigError if CUDA is asked for and not there."""
-    if config.device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f'device="{config.device}": torch {torch.__version__} sees no CUDA device; use device="cpu"')
-    return config.device
-
-
-class StreamedAdamW(OffloadedAdamW):
-    """The optimizer of a streamed model: remembers a call that was cut short, after which nothing may be committed."""
-
-    cut_short: str | None = None
-    """Name of the call that did not come to its end."""
-    num_steps_called = 0
-    """Calls of step and zero_grad that have ended, after each of which no gradient waits."""
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """See `OffloadedAdamW.step`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with self._uninterrupted("optimizer.step()"):
-            super().step()
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """See `OffloadedAdamW.zero_grad`."""
-        with self._uninterrupted("optimizer.zero_grad()"):
-            super().zero_grad(set_to_none)
-
-    @contextlib.contextmanager
-    def _uninterrupted(self, what: str) -> Iterator[None]:
-        earlier, self.cut_short = self.cut_short, what
-        try:
-            yield
-        except Exception:
-            # Errors leave the optimizer as it was, or broken by its own account.
-            self.cut_short = earlier
-            raise
-        self.cut_short = earlier
-        self.num_steps_called += 1
+from optim import ShardLayout
 
 
 class Runtime:
@@ -398,14 +212,16 @@ class Runtime:
                 engine=self._engine,
                 records=self._records,
                 gradients=self._gradients,
-                window=plan.update_window,
-                spilled=frozenset(b.name for b in plan.blocks if b.gradient == "spill"),
+                early=frozenset(b.name for b in plan.blocks if b.trainable and b.update_window == "backward"),
+                waiting={b.name: b.gradient for b in plan.blocks if b.trainable},
+                max_clipped_share=plan.max_clipped_share,
                 resident_states=self._resident_states,
                 num_workers=plan.num_update_workers,
                 record=self.trace.record,
                 load_shard=self._load_shard,
                 drop_resident_weights=self._weights.forget_resident,
                 max_grad_norm=max_grad_norm,
+                seed=self._seed,
                 **hyperparameters,
             )
         except BaseException:
@@ -588,19 +404,17 @@ class Runtime:
             return self._output(type(None), zero)
         calls, self._queued = [*self._queued, *calls], []
         self.optimizer.raise_if_broken()
-        if self.optimizer.window == "backward" and self._gradients_wait():
-            raise RuntimeError(
-                "a second forward pass with gradients before optimizer.step(): the updates of the first one have begun "
-                "already. Give the whole batch to one forward pass (micro_batch_size splits it), use accelerate's "
-                'accumulate(), or plan update_window="forward"; to evaluate, use torch.no_grad()'
-            )
         self._executor.discard()
+        if self._gradients_wait():
+            self.optimizer.accumulate()
         step = self.optimizer.step_count
         first = self._micro_batches_of_step[1] if self._micro_batches_of_step[0] == step else 0
         self._micro_batches_of_step = (step, first + len(calls))
         record = self._executor.forward(calls, step=step, first=first)
         loss = _Loss.apply(self._executor.anchor, self, record)  # type: ignore[no-untyped-call]
         self._step_loss += float(record.loss)
+        if not math.isfinite(self._step_loss):
+            self.optimizer.refuse_step(f"the loss is {self._step_loss}")
         self._step_tokens += sum(_num_tokens(call) for call, _ in calls)
         return self._output(record.output_type, loss)
 
@@ -629,12 +443,12 @@ class Runtime:
             self.blocks, self.layouts, lambda name: any(name in self._trained(block) for block in trainable)
         )
         least = least_memory(sizes)
-        prologue, held = self.layouts[PROLOGUE], self.plan.update_window == "forward"
+        prologue = self.layouts[PROLOGUE]
         weights = least.weights + pooled_bytes(prologue.weight_bytes)
         weights += sum(pooled_bytes(b.weight_bytes) for b in self.plan.blocks if b.weights_in_host)
         gradients = least.gradients + (pooled_bytes(prologue.gradient_bytes) if PROLOGUE in trainable else 0)
         gradients += sum(
-            pooled_bytes(b.gradient_bytes) for b in self.plan.blocks if held and b.trainable and b.gradient == "host"
+            pooled_bytes(b.gradient_bytes) for b in self.plan.blocks if b.trainable and b.gradient == "host"
         )
         short = max(0, weights - self.plan.weight_pool_bytes) + max(0, gradients - self.plan.gradient_pool_bytes)
         if short:
@@ -666,11 +480,11 @@ class Runtime:
     def _weights_of_last_step(self) -> Iterator[None]:
         """Everything taken is committed, and what is read in here are those weights: for whatever does not train.
 
-        Between a backward pass and its step, updates in the backward window have run already. On the drive they are
+        Between a backward pass and its step, early updates have run already. On the drive they are
         in the other slot, where nobody looks; in memory they must not be seen.
         """
         self.flush()
-        ahead = self.optimizer is not None and self.optimizer.window == "backward" and self._gradients_wait()
+        ahead = self.optimizer is not None and self.optimizer.has_guesses
         if ahead:
             assert self.optimizer is not None
             for name in self.layouts:
@@ -762,13 +576,15 @@ class Runtime:
             "grad_norm": result.grad_norm,
             "clipped": result.clipped,
             "skipped": result.skipped,
+            "update_window": result.window,
+            "num_redone": result.num_redone,
             "learning_rate": float(optimizer.param_groups[0]["lr"]),
             "num_tokens": self._step_tokens,
             "seconds": now - self._step_started,
             "predicted_seconds": self._predicted_seconds(),
             "bytes_read": read - self._counted[0],
             "bytes_written": written - self._counted[1],
-            "bytes_spilled": 2 * result.bytes_spilled + 2 * self._activations.bytes_spilled,
+            "bytes_spilled": result.bytes_spilled + 2 * self._activations.bytes_spilled,
             "peak_gpu_bytes": self._device.peak_bytes(),
             "peak_host_bytes": self._meter.take_peak(),
             "limiting_lane": trace.limiting_lane(),
@@ -782,7 +598,7 @@ class Runtime:
         """What the plan expects of a step with as many tokens as this one."""
         if self._hardware is None or self.plan.prediction is None:
             return None
-        return predict(self.plan.blocks, self.plan.update_window, self._hardware, self._step_tokens).seconds
+        return predict(self.plan.blocks, self._hardware, self._step_tokens).seconds
 
     @contextlib.contextmanager
     def _block_on_host(self, name: str) -> Iterator[dict[str, torch.Tensor]]:
@@ -880,36 +696,3 @@ def _num_tokens(arguments: Mapping[str, Any]) -> int:
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
         return int(mask.sum())
     return int(arguments["labels"].numel())
-
-
-def write_block(
-    store: Store, engine: Engine, layout: ShardLayout, values: Mapping[str, torch.Tensor], pool: BufferPool
-) -> str:
-    """Write a block's weights to its extent's active slot and return their checksum; blocks."""
-    weight_type = torch.bfloat16 if layout.compute_dtype == "bfloat16" else torch.float32
-    with pool.acquire(layout.weight_bytes) as buffer:
-        array = buffer.array[: layout.weight_bytes]
-        array[:] = 0
-        flat = torch.from_numpy(array.view(np.int16 if layout.compute_dtype == "bfloat16" else np.float32))
-        flat = flat.view(weight_type)
-        for p in layout.parameters:
-            value = values[p.name]
-            if not bool(torch.isfinite(value).all()):
-                raise ModelError(f"{p.name} holds NaN or infinity: this checkpoint cannot be trained")
-            flat[p.start : p.stop].copy_(value.reshape(-1))
-        engine.write(store.extent(layout.weight_name), array).wait()
-        piece = layout.weight_piece_bytes
-        digests = [piece_digest(array[at : at + piece]) for at in range(0, len(array), piece)]
-    return combine_checksums(digests)
-
-
-def fingerprint(config: Any, model_class: str) -> str:
-    """Identifies an architecture: a hash of the model's class and config without what does not shape the weights."""
-    data = {
-        k: v
-        for k, v in config.to_dict().items()
-        if k not in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache")
-        and not k.startswith("_")
-    }
-    text = json.dumps({"class": model_class, "config": data}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -112,7 +112,7 @@ def _load_data(recipe: Recipe, reporter: Reporter) -> tuple[Any, DataSet]:
 def _measure_once(offload: Any, reporter: Reporter) -> None:
     """Measure this machine if that was not done, so that plans predict seconds; never a reason to fail."""
     from fuyou.hardware import cached_hardware, measure_hardware
-    from fuyou.runtime import choose_device
+    from fuyou.planning import choose_device
 
     device, directory = choose_device(offload), offload.store_directories[0]
     # What is wrong with the directory is said by what needs it: the store.

@@ -1,15 +1,11 @@
 """Adam's arithmetic and its walk over shards on the drive."""
 
-from optim.gradients import ShardGradient
+from optim.gradients import ShardGradient, Waiting
 from optim.kernels import AdamWScalars
 from optim.layout import DEFAULT_CHUNK_ELEMENTS, ParameterSlot, ShardLayout
 from optim.norm import clip_coefficient, global_norm
-from optim.offloaded_adamw import (
-    NonFiniteUpdateError,
-    OffloadedAdamW,
-    ParameterState,
-    StepResult,
-)
+from optim.offloaded_adamw import NonFiniteUpdateError, OffloadedAdamW, StepResult
+from optim.states import ParameterState
 from optim.updater import Recorder, ShardUpdater, UpdateInputs, UpdateJob
 
 __all__ = [
@@ -26,6 +22,7 @@ __all__ = [
     "StepResult",
     "UpdateInputs",
     "UpdateJob",
+    "Waiting",
     "clip_coefficient",
     "global_norm",
 ]

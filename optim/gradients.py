@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,10 @@ from io_engine import BudgetError, Buffer, BufferPool, Engine, Extent, Store
 from optim.layout import ParameterSlot, ShardLayout
 from optim.norm import TILE_ELEMENTS, parameter_sum, tile_sums
 from optim.updater import Recorder, ShardUpdater
+
+Waiting = Literal["host", "spill", "free"]
+"""Where a shard's gradient is kept until a step takes it: host memory, a scratch file, or nowhere once its update that
+began in the backward pass is through; it can then neither be clipped nor added to."""
 
 _PIECE_ELEMENTS = 32 * TILE_ELEMENTS
 """Elements that one worker measures at a time: 8 MiB, so that workers share a large parameter evenly."""
@@ -35,22 +40,58 @@ class ShardGradient:
         self.arrived: set[str] = set()
 
 
-@dataclasses.dataclass
 class HeldGradient:
-    """A whole gradient, from its arrival to the end of its update: in memory, or spilled to `extent`."""
+    """A whole gradient, from its arrival to the end of its update: in memory, spilled to `extent`, or both for a while."""
 
-    layout: ShardLayout
-    gradient: ShardGradient | None
-    extent: Extent | None
-    arrived: frozenset[str]
-    sums: dict[str, float]
-    """Sum of squares of each parameter's gradient, as `optim.norm` defines it."""
+    def __init__(self, gradient: ShardGradient, sums: dict[str, float]) -> None:
+        self.layout = gradient.layout
+        self.arrived = frozenset(gradient.arrived)
+        self.sums = sums
+        """Sum of squares of each parameter's gradient, as `optim.norm` defines it."""
+        self.extent: Extent | None = None
+        self._gradient: ShardGradient | None = gradient
+        self._buffer = gradient.buffer
+        self._lock = threading.Lock()
+        self._num_users = 1
+
+    @property
+    def array(self) -> npt.NDArray[np.float32] | None:
+        """The gradient in host memory for a new user; None once `release` was called."""
+        return None if self._gradient is None else self._gradient.array
+
+    def use(self) -> Callable[[], None]:
+        """Keep the memory until the function that is returned is called, once; None to keep is no error."""
+        if self._gradient is None:
+            return _nothing
+        with self._lock:
+            self._num_users += 1
+        return self._drop_user
 
     def release(self) -> None:
-        """Give its buffer back, if it still has one."""
-        gradient, self.gradient = self.gradient, None
+        """Give the memory up; the buffer goes back when its last user is through. Idempotent."""
+        with self._lock:
+            gradient, self._gradient = self._gradient, None
         if gradient is not None:
-            gradient.buffer.release()
+            self._drop_user()
+
+    def take_back(self) -> None:
+        """Give the memory up for users too, when none of them can be at work any more. Idempotent."""
+        with self._lock:
+            self._gradient, given_back = None, self._num_users <= 0
+            self._num_users = 0
+        if not given_back:
+            self._buffer.release()
+
+    def _drop_user(self) -> None:
+        with self._lock:
+            self._num_users -= 1
+            last = self._num_users == 0
+        if last:
+            self._buffer.release()
+
+
+def _nothing() -> None:
+    """What gives up nothing."""
 
 
 class GradientIntake:
@@ -68,12 +109,12 @@ class GradientIntake:
         gradients: BufferPool,
         records: BufferPool,
         updater: ShardUpdater,
-        spilled: frozenset[str],
+        waiting: Mapping[str, Waiting],
         record: Recorder,
     ) -> None:
         self._engine, self._store = engine, store
         self._gradients, self._records, self._updater = gradients, records, updater
-        self._spilled = spilled
+        self._waiting = waiting
         self._record = record
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fuyou-gradient")
         self._closed = False
@@ -82,7 +123,7 @@ class GradientIntake:
         self._num_taken_in = 0
         self.held: dict[str, HeldGradient] = {}
         self.bytes_spilled = 0
-        """Bytes written to scratch files since the last `take_all`."""
+        """Bytes written to scratch files, and read to be added to, since the last `take_all`."""
         self.error: BaseException | None = None
 
     # --- the caller's side ---------------------------------------------------------------------------------
@@ -122,7 +163,7 @@ class GradientIntake:
         then: Callable[[HeldGradient], None] | None,
         on_unused: Callable[[], None] | None,
     ) -> None:
-        """Take `gradient` in once `wait()` has returned, then call `then`; returns at once.
+        """Take `gradient` in once `wait()` has returned, call `then`, and keep it as planned; returns at once.
 
         The buffer is the intake's from here on. `on_unused` is called instead of `then`, or when that raised:
         after a failure, and when no parameter got a gradient.
@@ -165,7 +206,7 @@ class GradientIntake:
         then: Callable[[HeldGradient], None] | None,
         on_unused: Callable[[], None] | None,
     ) -> None:
-        is_mine = True
+        is_mine, was_used = True, False
         try:
             # Waited for even after a failure: the buffer goes back, and nothing may still be copied into it.
             wait()
@@ -180,20 +221,24 @@ class GradientIntake:
             earlier = self.held.get(layout.name)
             if earlier is not None:
                 self._add_earlier(earlier, gradient)
-            held = HeldGradient(layout, gradient, None, frozenset(gradient.arrived), self._sums_of_squares(gradient))
+            held = HeldGradient(gradient, self._sums_of_squares(gradient))
             if earlier is not None:
                 earlier.release()
             self.held[layout.name], is_mine = held, False
-            if layout.name in self._spilled:
-                self._spill(held)
             if then is not None:
                 then(held)
+                was_used = True
+            waiting = self._waiting[layout.name]
+            if waiting == "spill":
+                self._spill(held)
+            elif waiting == "free" and was_used:
+                held.release()
         except BaseException as error:  # handed to whoever calls `finish`
             # Without the frames, which would keep arrays of released buffers alive.
             self.error = self.error or error.with_traceback(None)
             if is_mine:
                 gradient.buffer.release()
-            if on_unused is not None:
+            if on_unused is not None and not was_used:
                 on_unused()
         finally:
             self._num_taken_in += 1
@@ -205,8 +250,8 @@ class GradientIntake:
         the gradients' pool may be waiting in line behind this one.
         """
         layout = gradient.layout
-        if earlier.gradient is not None:
-            self._add_range(layout, gradient, earlier.arrived, earlier.gradient.array, 0)
+        if earlier.array is not None:
+            self._add_range(layout, gradient, earlier.arrived, earlier.array, 0)
         else:
             assert earlier.extent is not None
             for chunk in range(layout.num_chunks):
@@ -221,6 +266,7 @@ class GradientIntake:
                         array.view(np.float32),
                         layout.chunk_range(chunk)[0],
                     )
+            self.bytes_spilled += layout.gradient_bytes
         gradient.arrived |= earlier.arrived
 
     def _add_range(
@@ -260,13 +306,13 @@ class GradientIntake:
         return {name: parameter_sum(np.concatenate(t)) if t else 0.0 for name, t in tiles.items()}
 
     def _spill(self, held: HeldGradient) -> None:
-        layout, gradient = held.layout, held.gradient
-        assert gradient is not None
+        layout = held.layout
+        assert held.array is not None
         extent = self._extents.get(layout.name)
         if extent is None:  # asked for once: the store answers only between commits
             extent = self._store.scratch(f"{layout.name}/gradient", layout.gradient_bytes)
             self._extents[layout.name] = extent
-        self._engine.write(extent, gradient.buffer.array[: layout.gradient_bytes]).wait()
+        self._engine.write(extent, held.array.view(np.uint8)).wait()
         self.bytes_spilled += layout.gradient_bytes
         held.extent = extent
         held.release()

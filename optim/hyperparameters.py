@@ -41,22 +41,23 @@ def check_group(group: Mapping[str, Any]) -> None:
             good = good and number > 0
         if not good:
             raise ValueError(f"{field}={value!r} must be a number, {_RANGES[field]}")
-    for field in ("amsgrad", "maximize"):
+    for field, reason in (
+        ("amsgrad", "it keeps the largest second moment as a third state, 4 bytes a parameter more to read and write"),
+        ("maximize", "the loss is minimised; negate it"),
+    ):
         if group.get(field):
-            raise ValueError(f"{field}={group[field]!r} is not supported: leave it out")
-    if not group.get("decoupled_weight_decay", True):
-        raise ValueError("decoupled_weight_decay=False is Adam, not AdamW: leave it out")
+            raise ValueError(f"{field}={group[field]!r} is not supported ({reason}): leave it out")
 
 
-def check_max_grad_norm(value: float | None, window: str) -> None:
-    """ValueError for a limit of the norm that cannot be used, or not in this update window."""
+def check_max_grad_norm(value: float | None, *, all_kept: bool) -> None:
+    """ValueError for a limit of the norm that cannot be used, or not with gradients that are not all kept."""
     if value is None:
         return
     if not value > 0:
         raise ValueError(f"max_grad_norm={value!r} must be above 0, or None for no clipping")
-    if window == "backward":
+    if not all_kept:
         raise ValueError(
-            f"max_grad_norm={value!r} cannot be used here: updates run during the backward pass, before the "
-            "norm is known. Give it when the optimizer is made: fuyou.AdamW(model, ..., "
+            f"max_grad_norm={value!r} cannot be used here: gradients are given back before the norm is known, since "
+            "the optimizer was made without a limit. Give it then: fuyou.AdamW(model, ..., "
             f"max_grad_norm={value!r})"
         )

@@ -1,9 +1,10 @@
 """How one shard's numbers lie on the drive: which parameter where, cut into chunks that move as one.
 
 A shard is the parameters of one block of a model, one behind the other, each starting at a multiple of 64
-elements. It owns two extents: `<shard>/weight` (bfloat16 high halves, or the float32 master) and, if it is
-trained, `<shard>/state`: one record per chunk of `chunk_elements` elements, each record [low halves | m | v]
-(bfloat16 compute) or [m | v] (float32 compute), rounded up to 4,096 bytes.
+elements (of 256 with int8 moments, so that a block of them never holds parts of two parameters). It owns two
+extents: `<shard>/weight` (bfloat16 high halves, or the float32 master) and, if it is trained, `<shard>/state`:
+one record per chunk of `chunk_elements` elements, each record [low halves | m | v | scales of m | scales of v],
+rounded up to 4,096 bytes. Only bfloat16 compute has low halves, only int8 moments have scales.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from io_engine import ALIGNMENT_BYTES, round_up
+from optim.kernels import MOMENT_BLOCK_ELEMENTS
 
 ELEMENT_ALIGNMENT = 64
 """Parameters start at multiples of this many elements: whole vector registers, whole cache lines."""
+
+_MOMENT_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 _CHUNK_MULTIPLE = ALIGNMENT_BYTES // 2  # elements of 2 bytes in a page
 
@@ -46,8 +50,24 @@ class ChunkViews:
     """One record in host memory, as flat arrays of the chunk's elements that share the record's memory."""
 
     low: npt.NDArray[np.uint16] | None
-    m: npt.NDArray[np.float32]
-    v: npt.NDArray[np.float32]
+    m: npt.NDArray[Any]
+    """float32; bfloat16 as uint16 bits; int8 codes."""
+    v: npt.NDArray[Any]
+    """float32; bfloat16 as uint16 bits; uint8 codes."""
+    m_scales: npt.NDArray[np.float32] | None
+    """One for each 256 elements of int8 moments, else None; v_scales alike."""
+    v_scales: npt.NDArray[np.float32] | None
+
+    def part(self, start: int, stop: int) -> ChunkViews:
+        """Elements `start` to `stop` of the chunk; with int8 moments `start` must be a multiple of 256."""
+        blocks = slice(start // MOMENT_BLOCK_ELEMENTS, _num_blocks(stop))
+        return ChunkViews(
+            None if self.low is None else self.low[start:stop],
+            self.m[start:stop],
+            self.v[start:stop],
+            None if self.m_scales is None else self.m_scales[blocks],
+            None if self.v_scales is None else self.v_scales[blocks],
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +83,14 @@ class ShardLayout:
     """"bfloat16" or "float32"."""
     chunk_elements: int = DEFAULT_CHUNK_ELEMENTS
     """Elements of a record, a multiple of 2,048, so that every chunk of every extent starts at a page."""
+    moment_dtype: str = "float32"
+    """"float32", "bfloat16" or "int8": see `optim.kernels`."""
 
     def __post_init__(self) -> None:
+        if self.moment_dtype not in _MOMENT_BYTES:
+            raise ValueError(
+                f"moment_dtype={self.moment_dtype!r} of shard {self.name!r} must be one of {', '.join(_MOMENT_BYTES)}"
+            )
         if self.compute_dtype not in ("bfloat16", "float32"):
             raise ValueError(
                 f'compute_dtype={self.compute_dtype!r} of shard {self.name!r} must be "bfloat16" or "float32"'
@@ -84,14 +110,16 @@ class ShardLayout:
         shapes: dict[str, tuple[int, ...]],
         compute_dtype: str,
         chunk_elements: int = DEFAULT_CHUNK_ELEMENTS,
+        moment_dtype: str = "float32",
     ) -> ShardLayout:
         """Lay the named parameters out one behind the other, in the order given."""
         slots, start = [], 0
+        alignment = MOMENT_BLOCK_ELEMENTS if moment_dtype == "int8" else ELEMENT_ALIGNMENT
         for parameter, shape in shapes.items():
             num_elements = int(np.prod(shape, dtype=np.int64)) if shape else 1
             slots.append(ParameterSlot(parameter, tuple(int(n) for n in shape), start, num_elements))
-            start = round_up(start + num_elements, ELEMENT_ALIGNMENT)
-        return cls(name, tuple(slots), compute_dtype, chunk_elements)
+            start = round_up(start + num_elements, alignment)
+        return cls(name, tuple(slots), compute_dtype, chunk_elements, moment_dtype)
 
     @property
     def weight_name(self) -> str:
@@ -140,8 +168,10 @@ class ShardLayout:
         return start, min(start + self.chunk_elements, self.num_elements)
 
     def _record_bytes(self, num_elements: int) -> int:
-        per_element = 10 if self.compute_dtype == "bfloat16" else 8
-        return round_up(num_elements * per_element, ALIGNMENT_BYTES)
+        low_bytes = 2 * num_elements if self.compute_dtype == "bfloat16" else 0
+        moment_bytes = 2 * _MOMENT_BYTES[self.moment_dtype] * num_elements
+        scale_bytes = 2 * 4 * _num_blocks(num_elements) if self.moment_dtype == "int8" else 0
+        return round_up(low_bytes + moment_bytes + scale_bytes, ALIGNMENT_BYTES)
 
     @property
     def full_record_bytes(self) -> int:
@@ -177,13 +207,20 @@ class ShardLayout:
     def views(self, record: npt.NDArray[np.uint8], chunk: int) -> ChunkViews:
         """The arrays of a record that was read into `record` (uint8, at least the record's bytes)."""
         start, stop = self.chunk_range(chunk)
-        n, offset, low = stop - start, 0, None
-        if self.compute_dtype == "bfloat16":
-            low = record[: 2 * n].view(np.uint16)
-            offset = 2 * n
-        m = record[offset : offset + 4 * n].view(np.float32)
-        v = record[offset + 4 * n : offset + 8 * n].view(np.float32)
-        return ChunkViews(low, m, v)
+        n, end = stop - start, 0
+
+        def take(count: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
+            nonlocal end
+            begin, end = end, end + count * np.dtype(dtype).itemsize
+            return record[begin:end].view(dtype)
+
+        low = take(n, np.uint16) if self.compute_dtype == "bfloat16" else None
+        if self.moment_dtype == "float32":
+            return ChunkViews(low, take(n, np.float32), take(n, np.float32), None, None)
+        if self.moment_dtype == "bfloat16":
+            return ChunkViews(low, take(n, np.uint16), take(n, np.uint16), None, None)
+        blocks = _num_blocks(n)
+        return ChunkViews(low, take(n, np.int8), take(n, np.uint8), take(blocks, np.float32), take(blocks, np.float32))
 
     def to_json(self) -> dict[str, Any]:
         """The layout as JSON, the form in which a store keeps it."""
@@ -195,4 +232,10 @@ class ShardLayout:
         slots = tuple(
             ParameterSlot(p["name"], tuple(p["shape"]), p["start"], p["num_elements"]) for p in data["parameters"]
         )
-        return cls(data["name"], slots, data["compute_dtype"], data["chunk_elements"])
+        # Stores made before there were other moments than float32 name none.
+        moment_dtype = data.get("moment_dtype", "float32")
+        return cls(data["name"], slots, data["compute_dtype"], data["chunk_elements"], moment_dtype)
+
+
+def _num_blocks(num_elements: int) -> int:
+    return -(-num_elements // MOMENT_BLOCK_ELEMENTS)

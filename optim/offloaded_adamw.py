@@ -1,40 +1,43 @@
 """`OffloadedAdamW`: a torch optimizer whose masters and moments live in a store, a shard per model block.
 
-A step of one shard may run in one of two windows; both give the same bits:
+The update of one shard may run in one of two windows; both give the same bits:
 
-* "backward": as soon as the shard's gradient is whole, while the backward pass goes on with the next block.
-  Possible when no global norm is needed first. It is a guess until `step()` accepts it.
-* "forward": after `step()`, when the next forward pass (or a flush) comes to the shard. Gradients wait in
-  host memory or in the store's scratch files until then. The weights read for the update are the ones that
-  forward computes with, so this window costs no extra traffic either.
+* Early, in the backward pass: as soon as the shard's gradient is whole, while that pass goes on with the next
+  block. It is a guess until `step()` accepts it, which a clipped gradient, or another learning rate, makes
+  wrong. The slot that it read is untouched then, and the update is made again, late, from the gradient that
+  was kept: in host memory or in the store's scratch files. Where guesses went wrong often, none are made.
+* Late, on the way to the next forward pass (or a flush), when that comes to the shard. The weights read for
+  the update are the ones that forward computes with, so this window costs no extra traffic either.
 
 In both the other slot is written, and the step becomes the committed one when its last shard is written.
 
-Threads: the caller's (one at a time); the intake's (optim.gradients), which in the backward window also
-submits updates; the pipeline's (optim.updater), which also commits; the engine's, which end writes.
+Threads: the caller's (one at a time); the intake's (optim.gradients), which also submits early updates; the
+pipeline's (optim.updater), which also commits; the engine's, which end writes.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from io_engine import Buffer, BufferPool, Engine, Extent, Store, Transfer
+from io_engine import Buffer, BufferPool, Engine, Store, Transfer
 from optim import kernels, norm
-from optim.gradients import GradientIntake, HeldGradient, ShardGradient
+from optim.gradients import GradientIntake, HeldGradient, ShardGradient, Waiting
 from optim.hyperparameters import check_group, check_max_grad_norm
-from optim.kernels import AdamWScalars, join_master
+from optim.kernels import AdamWScalars, stochastic_key
 from optim.layout import ParameterSlot, ShardLayout
 from optim.norm import clip_coefficient, global_norm
+from optim.states import ParameterState, ParameterUpdate, StateFiles
 from optim.updater import Barrier, Recorder, ResidentState, ShardUpdater, UpdateInputs, UpdateJob
 
 
@@ -53,19 +56,12 @@ class StepResult:
     clipped: bool
     skipped: str | None
     """Why the step changed nothing, or None."""
+    window: Literal["backward", "forward"]
+    """Where updates ran that could: in the backward pass, or after the step because clipping was frequent."""
+    num_redone: int
+    """Shards whose early update was a wrong guess."""
     bytes_spilled: int
-    """Gradient bytes written to scratch files, to be read once."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ParameterState:
-    """Copies of one parameter's optimizer state, in host memory, in the parameter's shape, float32."""
-
-    master: torch.Tensor
-    exp_avg: torch.Tensor
-    exp_avg_sq: torch.Tensor
-    step: int
-    """Updates that the parameter has had."""
+    """Gradient bytes written to scratch files and read back."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +69,16 @@ class _PendingUpdate:
     """An accepted update that begins when the shard's weights come in."""
 
     held: HeldGradient
-    scalars: dict[str, AdamWScalars]
+    updates: dict[str, ParameterUpdate]
     gradient_scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _EarlyUpdate:
+    """An update that has begun before `step()` could accept it."""
+
+    job: UpdateJob
+    updates: dict[str, ParameterUpdate]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,14 +91,21 @@ class _Commit:
     jobs: dict[str, UpdateJob]
 
 
+CLIPPING_HISTORY: Final = 16
+"""Steps over which the share of clipped ones is taken."""
+
+
 class OffloadedAdamW(torch.optim.Optimizer):
     """AdamW over a store. Built by `fuyou.AdamW`; used like `torch.optim.AdamW`.
 
     `shards` are the trainable shards in the order of the forward pass; `names` gives every trainable
-    parameter's name. `gradients` and `records` are the pools that bound its memory. `resident_states` are
-    buffers of `state_bytes` for shards whose states stay in host memory; the caller releases them after
-    `close`. Parameter groups may differ in lr, betas, eps and weight_decay. `max_grad_norm` clips the
-    global norm as `torch.nn.utils.clip_grad_norm_` does.
+    parameter's name. `gradients` and `records` are the pools that bound its memory. Updates of the shards
+    `early` begin in the backward pass, unless more than `max_clipped_share` of the last steps were clipped;
+    `waiting` says where each shard's gradient is kept until the step, "free" only with early ones and no
+    clipping. `resident_states` are buffers of `state_bytes` for shards whose states stay in host memory; the
+    caller releases them after `close`. `seed` chooses the random bits that round moments of less than float32.
+    Parameter groups may differ in lr, betas, eps and weight_decay. `max_grad_norm` clips the global norm as
+    `torch.nn.utils.clip_grad_norm_` does.
 
     `load_shard(name)` brings a shard's weights into memory as a forward pass would, which begins its pending
     update; `drop_resident_weights()` forgets weights kept in host memory, which are then read again.
@@ -113,8 +124,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
         engine: Engine,
         records: BufferPool,
         gradients: BufferPool,
-        window: Literal["backward", "forward"],
-        spilled: frozenset[str] = frozenset(),
+        early: frozenset[str],
+        waiting: Mapping[str, Waiting],
+        max_clipped_share: float = 0.25,
         resident_states: Mapping[str, Buffer] | None = None,
         num_workers: int = 1,
         record: Recorder | None = None,
@@ -124,37 +136,51 @@ class OffloadedAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.01,
+        decoupled_weight_decay: bool = True,
         max_grad_norm: float | None = None,
+        seed: int = 0,
     ) -> None:
         self._resident = {name: ResidentState(buffer) for name, buffer in (resident_states or {}).items()}
         self._names = dict(names)
         self._shards = {shard.name: shard for shard in shards}
-        self.window: Literal["backward", "forward"] = window
-        if window == "backward":
-            spilled = frozenset()  # nothing waits
-        check_max_grad_norm(max_grad_norm, window)
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
-        _check_room(records, shards, spilled, self._resident.keys())
+        self._early, self._waiting = early, dict(waiting)
+        self._max_clipped_share = max_clipped_share
+        _check_waiting(self._shards, early, waiting)
+        check_max_grad_norm(max_grad_norm, all_kept="free" not in self._waiting.values())
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+                "decoupled_weight_decay": decoupled_weight_decay,
+            },
+        )
+        _check_room(records, shards, self._waiting, self._resident.keys())
         kernels.warm_up()
         norm.warm_up()
         self._max_grad_norm = max_grad_norm
+        self._seed = seed
         self._record = record or (lambda *_: None)
         self._store, self._engine, self._records = store, engine, records
         self._load_shard = load_shard
         self._drop_resident_weights = drop_resident_weights
+        self._states = StateFiles(store, engine, records)
         self._slots = {name: store.active_slot(shard.weight_name) for name, shard in self._shards.items()}
         self._jobs: dict[str, UpdateJob] = {}
         """Latest job of each shard."""
         self._barriers: list[Barrier] = []
         self._next_extra: dict[str, Any] = {}
-        # Forward window: accepted updates that have not begun, and their commit.
+        # Accepted updates that have not begun, and their commit.
         self._pending: dict[str, _PendingUpdate] = {}
         self._pending_commit: _Commit | None = None
-        # Backward window, since the last step: shards whose gradient was handed over; of those whose update
-        # has begun, job and scalars.
+        # Since the last step: shards whose gradient was handed over with their weights, and what has begun of them.
         self._given: set[str] = set()
-        self._step_jobs: dict[str, UpdateJob] = {}
-        self._speculated: dict[str, dict[str, AdamWScalars]] = {}
+        self._guesses: dict[str, _EarlyUpdate] = {}
+        self._clipped: collections.deque[bool] = collections.deque(maxlen=CLIPPING_HISTORY)
+        self._is_guessing = True
+        self._refusal: str | None = None
 
         saved: Mapping[str, Any] = store.state.get("optimizer", {})
         self.step_count: int = int(saved.get("step_count", 0))
@@ -172,7 +198,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
             gradients=gradients,
             records=records,
             updater=self._updater,
-            spilled=spilled,
+            waiting=self._waiting,
             record=self._record,
         )
 
@@ -180,12 +206,12 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
     @property
     def max_grad_norm(self) -> float | None:
-        """Limit of the global gradient norm; None: no clipping. May be changed if the window is "forward"."""
+        """Limit of the global gradient norm; None: no clipping. May be changed where all gradients are kept."""
         return self._max_grad_norm
 
     @max_grad_norm.setter
     def max_grad_norm(self, value: float | None) -> None:
-        check_max_grad_norm(value, self.window)
+        check_max_grad_norm(value, all_kept="free" not in self._waiting.values())
         self._max_grad_norm = value
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override, unused-ignore]
@@ -209,25 +235,38 @@ class OffloadedAdamW(torch.optim.Optimizer):
             self._given.clear()  # of backward passes that gave no gradient at all
             return loss
         grad_norm = self.grad_norm()
-        skipped, scale, scalars = None, 1.0, {}
-        if math.isfinite(grad_norm):
-            scale = clip_coefficient(grad_norm, self._max_grad_norm)
-            scalars = self._scalars_of_step(held)
-        else:
+        skipped, scale, updates, redone = self._refusal, 1.0, {}, frozenset[str]()
+        if skipped is None and not math.isfinite(grad_norm):
             skipped = f"the gradient norm is {grad_norm}"
-            self._wait_for_speculation()
+        if skipped is None:
+            scale = clip_coefficient(grad_norm, self._max_grad_norm)
+            updates = self._updates_of_step(held)
+            redone = self._wrong_guesses(updates, scale)
+        if redone or skipped is not None:
+            # They write where the right ones will, and may have failed.
+            self._wait_for_guesses()
+            self.raise_if_broken()
+        window: Literal["backward", "forward"] = "backward" if self._guesses else "forward"
         bytes_spilled = self._intake.bytes_spilled
         with self._whole_or_broken(f"step {self.step_count + 1}"):
             # The count of steps goes on if it is skipped, so that data and random numbers do not repeat.
             self.step_count += 1
             if skipped is None:
-                self._accept(scalars, scale)
+                self._clipped.append(scale < 1.0)
+                self._accept(updates, scale, redone)
+                bytes_spilled += sum(p.held.layout.gradient_bytes for p in self._pending.values() if p.held.extent)
             else:
                 self.num_skipped += 1
                 self._void()
                 self._submit_commit(_Commit(self.step_count, self._state_to_commit(), frozenset(), {}))
-            self.last_step = StepResult(self.step_count, grad_norm, scale < 1.0, skipped, bytes_spilled)
+            self.last_step = StepResult(
+                self.step_count, grad_norm, scale < 1.0, skipped, window, len(redone), bytes_spilled
+            )
         return loss
+
+    def refuse_step(self, reason: str) -> None:
+        """Let the next `step()` change nothing, for this reason; `zero_grad` takes it back."""
+        self._refusal = reason
 
     def grad_norm(self) -> float:
         """Global norm of the gradients that wait for `step()`, 0.0 for none; blocks until they are here."""
@@ -238,9 +277,32 @@ class OffloadedAdamW(torch.optim.Optimizer):
         """Drop gradients that no `step()` has taken; those that one has taken are not touched."""
         self._finish_arrivals()
         if self._held or self._given:
-            self._wait_for_speculation()
+            self._wait_for_guesses()
             with self._whole_or_broken("zero_grad()"):
                 self._void()
+        self._refusal = None
+
+    def accumulate(self) -> None:
+        """Let the next backward pass add to the gradients that wait for `step()`; call it before its forward pass.
+
+        What was guessed from them is void, and there are no early updates until that step. Blocks until weights and
+        states in memory are those of the last step again. RuntimeError where gradients were not kept.
+        """
+        self._check_open()
+        self._finish_arrivals()
+        self.raise_if_broken()
+        if any(self._waiting[shard] == "free" for shard in self._given):
+            raise RuntimeError(
+                "a second forward pass with gradients before optimizer.step(): the first one's gradients are given back "
+                "already, since they would take host memory that this run does not have or was not given. Give the whole "
+                "batch to one forward pass (micro_batch_size splits it), use accelerate's accumulate(), or set "
+                "max_grad_norm, which keeps them; to evaluate, use torch.no_grad()"
+            )
+        self._wait_for_guesses()
+        self.raise_if_broken()
+        with self._whole_or_broken("accumulate()"):
+            self._forget_in_memory(self._guesses)
+            self._guesses, self._given, self._is_guessing = {}, set(), False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch; ValueError for parameters that are not trained and for unusable hyperparameters."""
@@ -285,24 +347,40 @@ class OffloadedAdamW(torch.optim.Optimizer):
         """
         shard, slot = self._find(name)
         self.flush()
-        parts: list[npt.NDArray[np.float32]] = [np.empty(slot.num_elements, np.float32) for _ in range(3)]
-        weight = self._store.extent(shard.weight_name, self._slots[shard.name])
-        state = self._store.extent(shard.state_name, self._slots[shard.name])
-        for chunk in range(shard.num_chunks):
-            begin, end = shard.chunk_range(chunk)
-            a, b = max(begin, slot.start), min(end, slot.stop)
-            if a >= b:
-                continue
-            views = shard.views(self._read_whole(state.sub(*shard.state_range(chunk))), chunk)
-            weights = self._read_whole(weight.sub(*shard.weight_range(chunk)))
-            here, there = slice(a - begin, b - begin), slice(a - slot.start, b - slot.start)
-            if views.low is None:
-                parts[0][there] = weights.view(np.float32)[here]
-            else:
-                join_master(weights.view(np.uint16)[here], views.low[here], parts[0][there])
-            parts[1][there], parts[2][there] = views.m[here], views.v[here]
-        master, exp_avg, exp_avg_sq = (torch.from_numpy(part).reshape(slot.shape) for part in parts)
+        values = self._states.read(shard, slot, self._slots[shard.name])
+        master, exp_avg, exp_avg_sq = (torch.from_numpy(value).reshape(slot.shape) for value in values)
         return ParameterState(master, exp_avg, exp_avg_sq, step=self._num_updates - self._missed.get(name, 0))
+
+    def set_state(
+        self,
+        name: str,
+        *,
+        master: torch.Tensor | None = None,
+        exp_avg: torch.Tensor | None = None,
+        exp_avg_sq: torch.Tensor | None = None,
+    ) -> None:
+        """Replace one parameter's master or moments (float32, the parameter's shape) and commit; flushes first, blocks.
+
+        Moments of less than float32 are rounded to the nearest. KeyError for a name that is not trained, ValueError for
+        values that cannot be stored, RuntimeError while gradients wait for `step()`; nothing is changed then.
+        """
+        shard, slot = self._find(name)
+        given = {"master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        values = {field: _flat(value, field, slot) for field, value in given.items() if value is not None}
+        self.flush()
+        if self._held:
+            raise RuntimeError("gradients wait for optimizer.step(): call step() or zero_grad() before editing states")
+        target = 1 - self._slots[shard.name]
+        checksums = self._states.rewrite(shard, slot, 1 - target, target, values)
+        with self._whole_or_broken(f"the change of {name}"):
+            self._store.commit(
+                step=self._store.step,
+                slots=dict.fromkeys(checksums, target),
+                checksums=checksums,
+                state=self._store.state,
+            )
+            self._slots[shard.name] = target
+            self._forget_in_memory([shard.name])
 
     def flush(self) -> None:
         """Block until every step taken is committed; raises what went wrong."""
@@ -325,9 +403,10 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._intake.close()
         self._updater.close()
         for held in self._intake.take_all().values():
-            held.release()
+            held.take_back()
         while self._pending:
-            self._pending.popitem()[1].held.release()
+            # A submission that was interrupted may have counted a user that never came to work.
+            self._pending.popitem()[1].held.take_back()
 
     # --- what the executor calls ---------------------------------------------------------------------------
 
@@ -356,7 +435,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         """
         if shard in self._given:
             self._finish_arrivals()
-            self._wait_for_speculation()
+            self._wait_for_guesses()
             self.raise_if_broken()
             return
         job = self._jobs.get(shard)
@@ -382,7 +461,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
         assert commit is not None
         with self._whole_or_broken(f"the update of {shard}"):
             pending = self._pending[shard]
-            job = self._submit(pending.held, weights, pending.scalars, pending.gradient_scale, wait_before, on_done)
+            job = self._submit(pending.held, weights, pending.updates, pending.gradient_scale, wait_before, on_done)
+            pending.held.release()
             del self._pending[shard]
             commit.jobs[shard] = job
             self._slots[shard] = 1 - self._slots[shard]
@@ -395,24 +475,39 @@ class OffloadedAdamW(torch.optim.Optimizer):
         """An empty buffer in which to sum one backward pass's gradient; blocks while the pool is used up.
 
         What an earlier backward pass left since the last step is added when this one is complete.
-        RuntimeError for a second backward pass in the backward window, BudgetError if no buffer can become
+        RuntimeError for a second backward pass without `accumulate` before, BudgetError if no buffer can become
         free.
         """
         self._check_open()
         self.raise_if_broken()
         if shard in self._given:
             raise RuntimeError(
-                "a second backward pass before optimizer.step(): the first one's updates have begun already. "
-                "Give the whole batch to one forward pass (micro_batch_size splits it), use accelerate's "
-                'accumulate(), or plan update_window="forward"'
+                "a second backward pass before optimizer.step(), and its forward pass saw nothing of it: call "
+                "optimizer.accumulate() before that forward pass"
             )
-        if self.window == "backward":
+        if self.updates_early(shard):
             # Here, where the caller can act on it, and not in the background when the update begins.
             for group in self.param_groups:
                 check_group(group)
         return self._intake.acquire(
             self._shards[shard], lambda: all(job.done.is_set() for job in list(self._jobs.values()))
         )
+
+    def begin_backward(self) -> None:
+        """Before a backward pass, with no block in memory: blocks until updates of shards that forward skipped have begun.
+
+        Nothing of this step may be written before the last one's commit is in the queue.
+        """
+        self._start_pending()
+
+    @property
+    def has_guesses(self) -> bool:
+        """Whether gradients were handed over whose early updates no step has accepted."""
+        return bool(self._given)
+
+    def updates_early(self, shard: str) -> bool:
+        """Whether the shard's update begins when its gradient is whole: `gradient_complete` then takes its weights."""
+        return self._is_guessing and shard in self._early
 
     def gradient_complete(
         self,
@@ -424,25 +519,13 @@ class OffloadedAdamW(torch.optim.Optimizer):
     ) -> None:
         """The shard's backward pass is over: hand over its gradient; returns at once.
 
-        `wait` blocks until the gradient has arrived in host memory. Where the window is "backward", `weights`
+        `wait` blocks until the gradient has arrived in host memory. If the shard `updates_early`, `weights`
         is the whole weight extent in host memory, of which nothing else makes use any more: the update
         happens in it, and `on_done` is called, from any thread, when it may be reused.
         """
         self._check_open()
         shard = gradient.layout.name
         with self._whole_or_broken(f"the gradient of {shard}"):
-            if self.window == "backward":
-                assert weights is not None
-                assert on_done is not None
-                given_weights, given_back = weights, on_done
-                self._given.add(shard)
-                self._intake.submit(
-                    gradient,
-                    wait=wait,
-                    then=lambda held: self._speculate(held, given_weights, given_back),
-                    on_unused=on_done,
-                )
-                return
             former = self._jobs.get(shard)
 
             def arrived() -> None:
@@ -451,7 +534,20 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 if former is not None:
                     former.weights_ready.wait()
 
-            self._intake.submit(gradient, wait=arrived, then=None, on_unused=None)
+            if not self.updates_early(shard):
+                self._intake.submit(gradient, wait=arrived, then=None, on_unused=None)
+                return
+            assert weights is not None
+            assert on_done is not None
+            assert not self._pending
+            given_weights, given_back = weights, on_done
+            self._given.add(shard)
+            self._intake.submit(
+                gradient,
+                wait=arrived,
+                then=lambda held: self._guess(held, given_weights, given_back),
+                on_unused=on_done,
+            )
 
     def trains(self, shard: str) -> bool:
         """Whether the shard has parameters to update."""
@@ -467,39 +563,40 @@ class OffloadedAdamW(torch.optim.Optimizer):
     def _finish_arrivals(self) -> None:
         self._intake.finish()
 
-    def _speculate(self, held: HeldGradient, weights: npt.NDArray[np.uint8], on_done: Callable[[], None]) -> None:
+    def _guess(self, held: HeldGradient, weights: npt.NDArray[np.uint8], on_done: Callable[[], None]) -> None:
         """Begin an update that `step()` may accept; on the intake's thread."""
-        scalars = self._scalars(held, self._groups_by_name())
-        if not scalars:
+        updates = self._updates(held, self._groups_by_name())
+        if not updates:
             on_done()
             return
-        self._speculated[held.layout.name] = scalars
-        self._step_jobs[held.layout.name] = self._submit(held, weights, scalars, 1.0, (), on_done)
+        job = self._submit(held, weights, updates, 1.0, (), on_done)
+        self._guesses[held.layout.name] = _EarlyUpdate(job, updates)
 
     def _submit(
         self,
         held: HeldGradient,
         weights: npt.NDArray[np.uint8],
-        scalars: Mapping[str, AdamWScalars],
+        updates: Mapping[str, ParameterUpdate],
         gradient_scale: float,
         wait_before: Sequence[Transfer],
         on_done: Callable[[], None],
     ) -> UpdateJob:
-        """Queue an update, whose end releases the gradient."""
-        layout, gradient = held.layout, held.gradient
+        """Queue an update, which keeps the gradient's memory to its end."""
+        layout = held.layout
         slot = self._slots[layout.name]
+        gradient, give_up = held.array, held.use()
 
         def done() -> None:
-            held.release()
+            give_up()
             on_done()
 
         job = UpdateJob(
             layout,
             UpdateInputs(
                 weights=weights,
-                gradient=None if gradient is None else gradient.array,
-                gradient_extent=held.extent,
-                scalars=scalars,
+                gradient=gradient,
+                gradient_extent=held.extent if gradient is None else None,
+                updates=updates,
                 gradient_scale=gradient_scale,
                 state_from=self._store.extent(layout.state_name, slot),
                 state_to=self._store.extent(layout.state_name, 1 - slot),
@@ -513,69 +610,76 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._jobs[layout.name] = job
         return job
 
-    def _scalars_of_step(self, held: Mapping[str, HeldGradient]) -> dict[str, dict[str, AdamWScalars]]:
-        """By shard, what this step's updates multiply with; changes nothing."""
+    def _updates_of_step(self, held: Mapping[str, HeldGradient]) -> dict[str, dict[str, ParameterUpdate]]:
+        """By shard, what this step's updates are made with; changes nothing."""
         for group in self.param_groups:
             check_group(group)
         groups = self._groups_by_name()
-        scalars = {shard: self._scalars(h, groups) for shard, h in held.items()}
-        for shard, used in self._speculated.items():
-            if used != scalars[shard]:
-                raise RuntimeError(
-                    "lr, betas, eps or weight_decay changed between backward() and step(), when updates had "
-                    "begun: change them after step(), as torch's schedulers do, or call zero_grad() and "
-                    "repeat the backward pass"
-                )
-        return scalars
+        return {shard: self._updates(h, groups) for shard, h in held.items()}
 
-    def _accept(self, scalars: Mapping[str, dict[str, AdamWScalars]], scale: float) -> None:
-        """The gradients held become this step: commit what has run, or leave it to its window."""
+    def _wrong_guesses(self, updates: Mapping[str, dict[str, ParameterUpdate]], scale: float) -> frozenset[str]:
+        """Shards whose update must be made again; RuntimeError if a gradient for that was not kept."""
+        wrong = frozenset(name for name, g in self._guesses.items() if scale != 1.0 or g.updates != updates[name])
+        if any(self._waiting[name] == "free" for name in wrong):
+            raise RuntimeError(
+                "lr, betas, eps or weight_decay changed between backward() and step(), when updates had "
+                "begun: change them after step(), as torch's schedulers do, or call zero_grad() and "
+                "repeat the backward pass"
+            )
+        return wrong
+
+    def _accept(self, updates: Mapping[str, dict[str, ParameterUpdate]], scale: float, redone: frozenset[str]) -> None:
+        """The gradients held become this step: accept the guesses that were right, leave the rest to the next forward."""
         held = self._intake.take_all()
+        right = {name: guess.job for name, guess in self._guesses.items() if name not in redone}
+        self._forget_in_memory(redone)
+        self._begin_step()
         self._num_updates += 1
-        updated = frozenset[str]().union(*scalars.values())
+        updated = frozenset[str]().union(*updates.values())
         for shard in self._shards.values():
             for slot in shard.parameters:
                 if slot.name not in updated:
                     self._missed[slot.name] = self._missed.get(slot.name, 0) + 1
-        state = self._state_to_commit()
-        if self.window == "backward":
-            jobs = self._step_jobs
-            self._end_speculation()
-            for name in jobs:
-                self._slots[name] = 1 - self._slots[name]
-            for name in held.keys() - jobs.keys():
-                held[name].release()  # of shards without a parameter in any group
-            self._submit_commit(_Commit(self.step_count, state, frozenset(jobs), jobs))
-            return
-        pending = {name: _PendingUpdate(h, scalars[name], scale) for name, h in held.items() if scalars[name]}
-        for name in held.keys() - pending.keys():
+        for name in right:
+            self._slots[name] = 1 - self._slots[name]
+        pending = {
+            name: _PendingUpdate(h, updates[name], scale)
+            for name, h in held.items()
+            if name not in right and updates[name]
+        }
+        for name in held.keys() - pending.keys():  # taken up already, or without a parameter in any group
             held[name].release()
-        commit = _Commit(self.step_count, state, frozenset(pending), {})
+        commit = _Commit(self.step_count, self._state_to_commit(), frozenset(right) | frozenset(pending), right)
         if pending:
             self._pending, self._pending_commit = pending, commit
         else:
             self._submit_commit(commit)
 
-    def _wait_for_speculation(self) -> None:
+    def _wait_for_guesses(self) -> None:
         """Block until updates that no step has accepted are through, well or not."""
-        for job in self._step_jobs.values():
-            job.done.wait()
+        for guess in self._guesses.values():
+            guess.job.done.wait()
 
     def _void(self) -> None:
-        """Give up the gradients held and what was speculated from them; slots stay as they were."""
+        """Give up the gradients held and what was guessed from them; slots stay as they were."""
         for held in self._intake.take_all().values():
             held.release()
-        jobs = self._step_jobs
-        self._end_speculation()
-        # States and weights in memory were updated in place.
-        for name in jobs.keys() & self._resident.keys():
-            self._resident[name].filled = False
-        if jobs:
+        self._forget_in_memory(self._guesses)
+        self._begin_step()
+
+    def _forget_in_memory(self, shards: Iterable[str]) -> None:
+        """States and weights of these shards in memory are not those of the last step: they are read again."""
+        for name in shards:
+            if name in self._resident:
+                self._resident[name].filled = False
+        if shards:
             self._drop_resident_weights()
 
-    def _end_speculation(self) -> None:
-        self._step_jobs, self._speculated = {}, {}
-        self._given = set()
+    def _begin_step(self) -> None:
+        """Nothing waits any more; whether the next step's updates may be guessed."""
+        self._guesses, self._given = {}, set()
+        self._refusal = None
+        self._is_guessing = sum(self._clipped) <= self._max_clipped_share * len(self._clipped)
 
     def _start_pending(self) -> None:
         """Begin every update that no forward pass has begun."""
@@ -653,23 +757,26 @@ class OffloadedAdamW(torch.optim.Optimizer):
         if self._closed:
             raise RuntimeError("the optimizer is closed: open the model again to go on training")
 
-    def _scalars(self, held: HeldGradient, groups: Mapping[str, Mapping[str, Any]]) -> dict[str, AdamWScalars]:
-        """What the next update of a shard multiplies with, by parameter with a gradient and a group."""
-        scalars = {}
+    def _updates(self, held: HeldGradient, groups: Mapping[str, Mapping[str, Any]]) -> dict[str, ParameterUpdate]:
+        """What the next update of a shard is made with, by parameter with a gradient and a group."""
+        updates = {}
         for p in held.layout.parameters:
             group = groups.get(p.name)
             if group is None or p.name not in held.arrived:
                 continue
             beta1, beta2 = group["betas"]
-            scalars[p.name] = AdamWScalars.at_step(
+            step = self._num_updates + 1 - self._missed.get(p.name, 0)
+            scalars = AdamWScalars.at_step(
                 lr=float(group["lr"]),
                 beta1=float(beta1),
                 beta2=float(beta2),
                 eps=float(group["eps"]),
                 weight_decay=float(group["weight_decay"]),
-                step=self._num_updates + 1 - self._missed.get(p.name, 0),
+                step=step,
+                decoupled=bool(group["decoupled_weight_decay"]),
             )
-        return scalars
+            updates[p.name] = ParameterUpdate(scalars, stochastic_key(self._seed, step, p.name))
+        return updates
 
     def _groups_by_name(self) -> dict[str, dict[str, Any]]:
         return {self._names[p]: group for group in self.param_groups for p in group["params"]}
@@ -689,21 +796,38 @@ class OffloadedAdamW(torch.optim.Optimizer):
                     return shard, slot
         raise KeyError(f"{name!r} is not a trainable parameter of this model")
 
-    def _read_whole(self, extent: Extent) -> npt.NDArray[np.uint8]:
-        with self._records.acquire(extent.num_bytes) as buffer:
-            self._engine.read(extent, buffer.array[: extent.num_bytes]).wait()
-            return buffer.array[: extent.num_bytes].copy()
+
+def _flat(value: torch.Tensor, field: str, slot: ParameterSlot) -> npt.NDArray[np.float32]:
+    """A value for a parameter's state, checked; ValueError if it cannot be one."""
+    if tuple(value.shape) != slot.shape:
+        raise ValueError(
+            f"{field} has shape {tuple(value.shape)}, {slot.name} has {slot.shape}: give a tensor of that shape"
+        )
+    flat: npt.NDArray[np.float32] = value.detach().to("cpu", torch.float32).contiguous().flatten().numpy()
+    if not np.isfinite(flat).all():
+        raise ValueError(f"{field} of {slot.name} holds NaN or infinity, which no state may")
+    if field == "exp_avg_sq" and (flat < 0).any():
+        raise ValueError(f"exp_avg_sq of {slot.name} holds negative values: it is a mean of squares")
+    return flat
+
+
+def _check_waiting(shards: Iterable[str], early: frozenset[str], waiting: Mapping[str, Waiting]) -> None:
+    for name in shards:
+        if waiting[name] not in ("host", "spill", "free") or (waiting[name] == "free" and name not in early):
+            raise ValueError(
+                f"waiting[{name!r}] = {waiting[name]!r}: choose 'host' or 'spill', or 'free' for a shard with early updates"
+            )
 
 
 def _check_room(
-    records: BufferPool, shards: Sequence[ShardLayout], spilled: frozenset[str], resident: Iterable[str]
+    records: BufferPool, shards: Sequence[ShardLayout], waiting: Mapping[str, Waiting], resident: Iterable[str]
 ) -> None:
     """BudgetError unless every shard's records fit beside what is kept in the pool."""
     in_memory = set(resident)
     needed_bytes = 0
     for shard in shards:
         staged_bytes = 0 if shard.name in in_memory else shard.full_record_bytes
-        if shard.name in spilled:
+        if waiting[shard.name] == "spill":
             staged_bytes += shard.gradient_range(0)[1]
         needed_bytes = max(needed_bytes, staged_bytes)
     if needed_bytes:

@@ -30,11 +30,12 @@ from io_engine import (
     combine_checksums,
     piece_digest,
 )
-from optim.kernels import AdamWScalars, adamw_float32, adamw_split
 from optim.layout import ShardLayout
+from optim.states import ParameterUpdate, update_part
 
 TILE_ELEMENTS = 256 * 1024
-"""Elements that one worker updates at a time: 3 MiB of traffic, so that workers share a record evenly."""
+"""Elements that one worker updates at a time, a multiple of a block of int8 moments: 3 MiB of traffic with float32
+moments, so that workers share a record evenly."""
 
 Recorder = Callable[[str, str, float, float, int], None]
 """(lane, name, started_seconds, ended_seconds, num_bytes): where spans go that a trace may show."""
@@ -61,7 +62,7 @@ class UpdateInputs:
     gradient: npt.NDArray[np.float32] | None
     """The shard's gradient in host memory; None if it was spilled to `gradient_extent`."""
     gradient_extent: Extent | None
-    scalars: Mapping[str, AdamWScalars]
+    updates: Mapping[str, ParameterUpdate]
     """By parameter; those without an entry keep their weights and states."""
     gradient_scale: float
     state_from: Extent
@@ -463,21 +464,24 @@ class ShardUpdater:
         started = time.perf_counter()
         begin, end = layout.chunk_range(chunk.index)
         views = layout.views(chunk.record, chunk.index)
+        weights = inputs.weights.view(np.float32 if views.low is None else np.uint16)
+        starts = {p.name: p.start for p in layout.parameters}
 
         def update(tile: tuple[str, int, int]) -> int:
             name, a, b = tile
-            local = slice(a - begin, b - begin)
-            m, v, gradient = views.m[local], views.v[local], chunk.gradient[local]
-            scalars, scale = inputs.scalars[name], inputs.gradient_scale
-            if views.low is None:
-                return adamw_float32(inputs.weights.view(np.float32)[a:b], m, v, gradient, scalars, scale)
-            high = inputs.weights.view(np.uint16)[a:b]
-            return adamw_split(high, views.low[local], m, v, gradient, scalars, scale)
+            return update_part(
+                weights[a:b],
+                views.part(a - begin, b - begin),
+                chunk.gradient[a - begin : b - begin],
+                inputs.updates[name],
+                inputs.gradient_scale,
+                first_element=a - starts[name],
+            )
 
         tiles = [
             (p.name, a, min(a + TILE_ELEMENTS, p.stop, end))
             for p in layout.parameters
-            if p.name in inputs.scalars and p.start < end and p.stop > begin
+            if p.name in inputs.updates and p.start < end and p.stop > begin
             for a in range(max(p.start, begin), min(p.stop, end), TILE_ELEMENTS)
         ]
         for tile, num_refused in zip(tiles, self.map(update, tiles), strict=True):

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 NUM_HELD_OUT_PAIRS = 40
 NUM_TRAIN_PAIRS = 747
 ROWS_PER_STEP = 2
-NUM_STEPS = 40
+NUM_STEPS = 60
 MAX_LENGTH = 256
 LEARNING_RATE = 1e-4
 LIMIT_LOSS_AFTER = 2.80

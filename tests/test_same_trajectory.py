@@ -120,10 +120,17 @@ def test_hand_edited_plan_with_spilled_gradients_and_activations(tmp_path: Path)
     plan = run.model.fuyou.plan
     run.model.fuyou.close()
     blocks = tuple(
-        dataclasses.replace(b, weights_in_host=False, states_in_host=False, gradient="spill") for b in plan.blocks
+        dataclasses.replace(
+            b,
+            weights_in_host=False,
+            states_in_host=False,
+            gradient="spill",
+            update_window="forward" if number % 2 else "backward",
+        )
+        for number, b in enumerate(plan.blocks)
     )
     plan = dataclasses.replace(
-        plan, blocks=blocks, update_window="forward", prefetch_depth=1, activation_pool_bytes=6 * 8192
+        plan, blocks=blocks, max_clipped_share=1.0, prefetch_depth=1, activation_pool_bytes=6 * 8192
     )
     (tmp_path / "edited").mkdir()
     edited = Run("llama", "bfloat16", tmp_path / "edited", max_grad_norm=0.5, plan=plan.to_json())

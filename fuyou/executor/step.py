@@ -256,14 +256,14 @@ class StepExecutor:
 
     def _run_backward(self, record: ForwardRecord, scale: float, prologue_held: contextlib.ExitStack) -> None:
         assert self.optimizer is not None
+        self.optimizer.begin_backward()
         if scale != 1.0:
             self._scale(record, scale)
         layers = [i for i in reversed(range(len(self._layers))) if self._has_backward(i, record)]
         layer_names = [block.name for i in layers if (block := self._layer_blocks[i]) is not None]
         prologue = ["prologue"] if self.optimizer.trains("prologue") else []
-        # Updates in the backward window take the weights that backward has read; the epilogue's were let go.
-        takes_weights = self.optimizer.window == "backward" and self.optimizer.trains("epilogue")
-        epilogue = ["epilogue"] if takes_weights else []
+        # Early updates take the weights that backward has read; the epilogue's were let go.
+        epilogue = ["epilogue"] if self.optimizer.updates_early("epilogue") else []
         self._weights.announce([*epilogue, *self._visits([*layer_names, *prologue])])
         self._complete("epilogue")
         if record.needs_prologue:
@@ -641,7 +641,7 @@ class StepExecutor:
         if open_ is None:
             return
         wait = self._device.download(open_.flat, torch.from_numpy(open_.gradient.array))
-        if self.optimizer.window == "forward":
+        if not self.optimizer.updates_early(name):
             self.optimizer.gradient_complete(open_.gradient, wait=wait)
             return
         if name not in self._bound:

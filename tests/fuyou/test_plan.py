@@ -55,7 +55,7 @@ def test_planning_makes_nothing(tmp_path: Path) -> None:
 
 def test_description_says_what_was_decided_and_why(tmp_path: Path) -> None:
     text = made(tmp_path).describe()
-    for part in ("5 blocks", "bfloat16 on cpu", "256 MiB", "in the forward window", "durability     step", "because"):
+    for part in ("5 blocks", "bfloat16 on cpu", "256 MiB", "begin in the backward pass", "durability     step", "because"):
         assert part in text
     assert len(text.splitlines()) < 25
 
@@ -66,7 +66,7 @@ def test_description_says_what_was_decided_and_why(tmp_path: Path) -> None:
         ({"weight_pool_bytes": 2**40}, "more than host_memory_bytes"),
         ({"weight_pool_bytes": -1}, "at least 0"),
         ({"num_io_threads": 0}, "at least 1"),
-        ({"update_window": "both"}, "update_window"),
+        ({"max_clipped_share": 2.0}, "max_clipped_share"),
         ({"colour": "red"}, "not a plan of this version"),
         ({"blocks": [{"name": "x"}]}, "not a plan of this version"),
     ],
@@ -76,26 +76,42 @@ def test_nonsense_is_refused(change: dict[str, Any], message: str, tmp_path: Pat
         Plan.from_json(made(tmp_path).to_json() | change)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"update_window": "both"}, 'update_window.*choose "backward" or "forward"'),
+        ({"gradient": "gone"}, 'gradient.*choose "host", "spill" or "free"'),
+        ({"gradient": "free", "update_window": "forward"}, "needed in the forward window"),
+    ],
+)
+def test_nonsense_in_a_block_is_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    data = made(tmp_path).to_json()
+    data["blocks"] = [data["blocks"][0] | change, *data["blocks"][1:]]
+    with pytest.raises(fuyou.ConfigError, match=message):
+        Plan.from_json(data)
+
+
 def test_a_missing_field_is_refused(tmp_path: Path) -> None:
     data = made(tmp_path).to_json()
-    del data["update_window"]
+    del data["prefetch_depth"]
     with pytest.raises(fuyou.ConfigError, match="not a plan of this version"):
         Plan.from_json(data)
 
 
 @pytest.mark.parametrize("as_json", [False, True])
 def test_an_edited_plan_is_followed(as_json: bool, tmp_path: Path) -> None:
-    """Without clipping the planner would choose the backward window and keep everything."""
+    """The planner would choose early updates and keep everything."""
     plan = made(tmp_path)
-    blocks = tuple(dataclasses.replace(b, weights_in_host=False, states_in_host=False) for b in plan.blocks)
+    changes: dict[str, Any] = {"weights_in_host": False, "states_in_host": False, "update_window": "forward"}
+    blocks = tuple(dataclasses.replace(b, **changes) for b in plan.blocks)
     plan = dataclasses.replace(plan, blocks=blocks, prefetch_depth=0, num_io_threads=1)
     model = opened(tmp_path, plan.to_json() if as_json else plan)
     with model.fuyou:
         optimizer = fuyou.AdamW(model)
         assert model.fuyou.plan == plan
-        assert optimizer.window == "forward"
         for _ in range(3):
             step(model, optimizer)
+        assert model.fuyou.step_metrics()["update_window"] == "forward"
         sizes = sum(b.weight_bytes for b in plan.blocks)
         assert model.fuyou.step_metrics()["bytes_read"] >= sizes  # nothing was kept
 
@@ -106,6 +122,7 @@ def test_an_edited_plan_is_followed(as_json: bool, tmp_path: Path) -> None:
         ({"name": "llama_tied"}, "blocks|parameters"),
         ({"name": "gpt2"}, "blocks"),
         ({"compute_dtype": "float32"}, "make a plan for this model and compute_dtype"),
+        ({"moment_dtype": "bfloat16"}, "make a plan for this moment_dtype"),
     ],
 )
 def test_a_plan_of_another_model_is_refused(other: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -124,10 +141,10 @@ def test_pools_too_small_for_what_is_kept_are_refused(field: str, tmp_path: Path
     assert not (tmp_path / "store").exists()
 
 
-def test_clipping_with_updates_in_the_backward_window_is_refused(tmp_path: Path) -> None:
+def test_clipping_of_gradients_that_are_given_back_is_refused(tmp_path: Path) -> None:
     model = opened(tmp_path, made(tmp_path, max_grad_norm=None))
     with model.fuyou:
-        with pytest.raises(fuyou.ConfigError, match="cannot clip"):
+        with pytest.raises(fuyou.ConfigError, match="cannot be clipped"):
             fuyou.AdamW(model, max_grad_norm=1.0)
         step(model, fuyou.AdamW(model))
 

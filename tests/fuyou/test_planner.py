@@ -72,6 +72,7 @@ def plan(shards: list[ShardSize], host_mib: int, *, clipping: bool = True) -> Pl
         shards,
         device="cpu",
         compute_dtype="bfloat16",
+        moment_dtype="float32",
         host_memory_bytes=host_mib * MIB,
         host_memory_reason="as given",
         micro_batch_size=None,
@@ -83,7 +84,9 @@ def plan(shards: list[ShardSize], host_mib: int, *, clipping: bool = True) -> Pl
 
 def test_costs_by_hand() -> None:
     assert [weight_bytes_per_parameter(d) for d in ("bfloat16", "float32")] == [2, 4]
-    assert [state_bytes_per_parameter(d) for d in ("bfloat16", "float32")] == [10, 8]
+    assert [state_bytes_per_parameter(d, "float32") for d in ("bfloat16", "float32")] == [10, 8]
+    assert [state_bytes_per_parameter(d, "bfloat16") for d in ("bfloat16", "float32")] == [6, 4]
+    assert [state_bytes_per_parameter(d, "int8") for d in ("bfloat16", "float32")] == [4 + 1 / 32, 2 + 1 / 32]
     assert step_flops(10, 3) == 240
     assert [num_update_workers("cpu", n) for n in (1, 2, 8)] == [1, 1, 4]
     assert [num_update_workers("cuda", n) for n in (1, 2, 8)] == [1, 1, 6]
@@ -124,25 +127,25 @@ def test_least_budget_is_named_and_fits(shards: list[ShardSize], clipping: bool)
     made = plan(shards, least, clipping=clipping)
     assert made.pool_bytes + made.overhead_bytes <= least * MIB
     assert not any(b.weights_in_host or b.states_in_host for b in made.blocks)
-    assert all(b.gradient == ("spill" if clipping else "host") for b in made.blocks)
+    assert all(b.gradient == ("spill" if clipping else "free") for b in made.blocks)
 
 
 def test_everything_is_kept_where_there_is_room() -> None:
     made = plan(UNTIED, 4096)
     assert all(b.weights_in_host and b.states_in_host and b.gradient == "host" for b in made.blocks)
-    read, written = traffic(made.blocks, made.update_window)
+    read, written = traffic(made.blocks)
     assert (read, written) == (0, 12 * 56 * MIB)
 
 
 def test_traffic_by_hand() -> None:
-    """Bytes a parameter: weights 2 x 2 read, 2 written; states 10 + 10; spilled gradients 4 + 4."""
-    clipped = plan(UNTIED, 120)
-    read, written = traffic(clipped.blocks, "forward")
+    """Bytes a parameter: weights 2 x 2 read, 2 written; states 10 + 10; spilled gradients 4 written, 4 read if late."""
+    early = plan(UNTIED, 120).blocks
+    assert traffic(early) == ((4 + 10) * 56 * MIB, (12 + 4) * 56 * MIB)
+    late = [dataclasses.replace(b, update_window="forward") for b in early]
     # The epilogue's backward pass follows its forward pass: its weights are read once.
-    assert read == (4 + 10 + 4) * 56 * MIB - 2 * 4 * MIB
-    assert written == (2 + 10 + 4) * 56 * MIB
+    assert traffic(late) == ((4 + 10 + 4) * 56 * MIB - 2 * 4 * MIB, (12 + 4) * 56 * MIB)
     free = plan(UNTIED, 120, clipping=False)
-    assert traffic(free.blocks, "backward") == ((4 + 10) * 56 * MIB, 12 * 56 * MIB)
+    assert traffic(free.blocks) == ((4 + 10) * 56 * MIB, 12 * 56 * MIB)
 
 
 def test_traffic_of_tied_weights_by_hand() -> None:
@@ -150,19 +153,49 @@ def test_traffic_of_tied_weights_by_hand() -> None:
     made = plan(TIED, 150, clipping=False)
     assert made.blocks[0].num_borrowers == 1
     assert not any(b.weights_in_host or b.states_in_host for b in made.blocks)
-    assert traffic(made.blocks, "backward")[0] == (4 + 10) * 53 * MIB + 2 * 4 * MIB
+    assert traffic(made.blocks)[0] == (4 + 10) * 53 * MIB + 2 * 4 * MIB
 
 
 def test_prediction_by_hand() -> None:
     made = plan(UNTIED, 120, clipping=False)
-    predicted = predict(made.blocks, made.update_window, HARDWARE, num_tokens=100)
+    predicted = predict(made.blocks, HARDWARE, num_tokens=100)
     parameters = 56 * MIB
     assert predicted.lane_seconds["gpu"] == 8 * parameters * 100 / 1e9
     assert predicted.lane_seconds["cpu"] == parameters / 1e9
     assert predicted.lane_seconds["ssd_read"] == 14 * parameters / 2e9
     assert predicted.lane_seconds["ssd_write"] == 12 * parameters / 1e9
     assert predicted.limiting_lane == "gpu"
-    assert predicted.seconds == 801 * parameters / 1e9
+    # A CPU: compute and Adam share the cores.
+    assert predicted.seconds == pytest.approx(801 * parameters / 1e9)
+
+
+def test_late_updates_where_the_forward_pass_leaves_the_drive_idle() -> None:
+    """A GPU, a drive that is the limit of the backward pass alone: the last blocks' updates move, as far as it helps."""
+    fast = dataclasses.replace(HARDWARE, device="cuda", compute_flops_per_second=8e12, adam_parameters_per_second=1e12)
+    options: dict[str, Any] = {
+        "device": "cuda",
+        "compute_dtype": "bfloat16",
+        "moment_dtype": "float32",
+        "host_memory_bytes": 4096 * MIB,
+        "host_memory_reason": "as given",
+        "micro_batch_size": None,
+        "num_cores": 4,
+        "hardware": fast,
+        "num_tokens": 10_000,
+    }
+    for clipping in (False, True):
+        early = make_plan(UNTIED, clipping=clipping, **(options | {"num_tokens": None}))
+        made = make_plan(UNTIED, clipping=clipping, **options)
+        windows = [b.update_window for b in made.blocks]
+        num_late = windows.count("forward")
+        assert 0 < num_late < len(windows)
+        assert windows == ["backward"] * (len(windows) - num_late) + ["forward"] * num_late
+        assert all(b.gradient == "host" for b in made.blocks[-num_late:])
+        assert all(b.update_window == "backward" for b in early.blocks)
+        assert made.prediction is not None
+        before = predict(early.blocks, fast, 10_000).seconds
+        assert made.prediction.seconds < 0.98 * before
+        assert made.pool_bytes + made.overhead_bytes <= 4096 * MIB
 
 
 @pytest.mark.parametrize("clipping", [True, False])
@@ -173,7 +206,7 @@ def test_more_memory_never_means_more_traffic(shards: list[ShardSize], clipping:
     for host_mib in range(least, least + 1400, 3):
         made = plan(shards, host_mib, clipping=clipping)
         assert made.pool_bytes + made.overhead_bytes <= host_mib * MIB
-        moved.append(sum(traffic(made.blocks, made.update_window)))
+        moved.append(sum(traffic(made.blocks)))
     assert all(later <= earlier for earlier, later in itertools.pairwise(moved))
     assert moved[-1] < moved[0]
 
@@ -199,7 +232,7 @@ def test_frozen_blocks_take_no_gradients_and_states() -> None:
     assert least.gradients == 16 * MIB
     made = plan(shards, least.host_memory_bytes // MIB, clipping=False)
     assert [b.name for b in made.blocks if b.state_bytes] == ["epilogue"]
-    assert traffic(made.blocks, "backward") == (4 * 56 * MIB + 10 * 4 * MIB, 12 * 4 * MIB)
+    assert traffic(made.blocks) == (4 * 56 * MIB + 10 * 4 * MIB, 12 * 4 * MIB)
 
 
 # --- with real models ------------------------------------------------------------------------------------------------
@@ -236,8 +269,8 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             if step in (1, num_steps - 1):
-                # In the forward window a flush would begin updates early, and read what they need twice.
-                if max_grad_norm is None:
+                # Late updates would begin in a flush, and what they need be read twice.
+                if model.fuyou.step_metrics()["update_window"] == "backward":
                     model.fuyou.flush()
                 moved = sum(model.fuyou.bytes_moved) - moved
         model.fuyou.flush()
@@ -261,12 +294,12 @@ def test_training_at_exactly_the_least_budget(tied: bool, max_grad_norm: float |
 
 
 @pytest.mark.parametrize("extra_mib", [0, 14, 200])
-@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("max_grad_norm", [None, 1e9])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_predicted_traffic_is_what_is_measured(
     tied: bool, max_grad_norm: float | None, extra_mib: int, tmp_path: Path
 ) -> None:
-    """In the steady state, within 2 %, from nothing kept to everything kept."""
+    """In the steady state, where no step is clipped, within 2 %, from nothing kept to everything kept."""
     config = small_llama(tied=tied)
     offload = fuyou.OffloadConfig(store=tmp_path / "store", device="cpu", host_memory="1MiB", compute_dtype="float32")
     with pytest.raises(fuyou.PlanError) as caught:

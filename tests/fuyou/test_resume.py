@@ -203,14 +203,17 @@ def test_resume_with_another_plan_in_a_moved_directory(uninterrupted: Any, tmp_p
     model.fuyou.close()
     edited = dataclasses.replace(
         plan,
-        update_window="forward",
         host_memory_bytes=2**30,
         gradient_pool_bytes=2**28,
         prefetch_depth=1,
         num_io_threads=1,
         blocks=tuple(
             dataclasses.replace(
-                b, states_in_host=False, weights_in_host=i % 2 == 0, gradient="spill" if i % 2 else "host"
+                b,
+                update_window="forward" if i % 3 else "backward",
+                states_in_host=False,
+                weights_in_host=i % 2 == 0,
+                gradient="spill" if i % 2 else "host",
             )
             for i, b in enumerate(plan.blocks)
         ),

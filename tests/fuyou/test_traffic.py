@@ -78,7 +78,7 @@ class Measured:
                 optimizer.step()
                 optimizer.zero_grad()
                 # Without it, the last writes of a step are counted with the next one; it moves nothing itself here.
-                if plan.update_window == "backward":
+                if model.fuyou.step_metrics()["update_window"] == "backward":
                     model.fuyou.flush()
                 moved.append(sum(model.fuyou.bytes_moved))
                 spilled.append(model.fuyou.step_metrics()["bytes_spilled"])

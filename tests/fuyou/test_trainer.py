@@ -193,7 +193,7 @@ def test_checkpoints_while_training_are_plain_models(model: Any, tmp_path: Path)
         eval_strategy="no",
     )
     made.train()
-    assert model.fuyou.plan.update_window == "backward"
+    assert model.fuyou.step_metrics()["update_window"] == "backward"
     model.save_pretrained(tmp_path / "end")
     saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "checkpoint-2", dtype="auto")
     final = AutoModelForCausalLM.from_pretrained(tmp_path / "end", dtype="auto")

@@ -23,7 +23,7 @@ from io_engine import (
     Store,
     Transfer,
 )
-from optim import OffloadedAdamW, ShardGradient, ShardLayout, UpdateJob
+from optim import OffloadedAdamW, ShardGradient, ShardLayout, UpdateJob, Waiting
 from tests.reference import round_half_up_to_bfloat16, sum_in_order, sum_of_squares
 
 CHUNK = 4096
@@ -118,8 +118,8 @@ def random_gradients(seed: int, names: Sequence[str] | None = None, scale: float
     return gradients
 
 
-def layouts(dtype: str, chunk_elements: int = CHUNK) -> dict[str, ShardLayout]:
-    return {name: ShardLayout.of(name, shapes, dtype, chunk_elements) for name, shapes in SHAPES.items()}
+def layouts(dtype: str, chunk_elements: int = CHUNK, moment_dtype: str = "float32") -> dict[str, ShardLayout]:
+    return {name: ShardLayout.of(name, shapes, dtype, chunk_elements, moment_dtype) for name, shapes in SHAPES.items()}
 
 
 def _groups(parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -184,21 +184,24 @@ class Trainer:
         folder: Path,
         engine: Engine,
         *,
-        window: Literal["backward", "forward"],
+        window: Literal["backward", "mixed", "forward"],
         dtype: str = "bfloat16",
+        moment_dtype: str = "float32",
         spilled: Sequence[str] = (),
         resident: Sequence[str] = (),
         num_records: float = 3,
         gradient_bytes: int = 1 << 20,
         max_grad_norm: float | None = None,
+        kept: bool | None = None,
         masters: Gradients | None = None,
         num_workers: int = 2,
         groups: Callable[[Mapping[str, Any]], list[dict[str, Any]]] = _groups,
         **hyperparameters: Any,
     ) -> None:
+        kept = max_grad_norm is not None if kept is None else kept
         self._threads_before = frozenset(threading.enumerate())
         self.engine, self.dtype = engine, dtype
-        self.layouts = layouts(dtype)
+        self.layouts = layouts(dtype, moment_dtype=moment_dtype)
         self.folder = folder
         opened = Store.exists(folder)
         self.store = Store.open(folder, engine=engine) if opened else Store.create(folder, identity={}, engine=engine)
@@ -216,6 +219,11 @@ class Trainer:
             name: torch.nn.Parameter(torch.zeros(shape)) for shapes in SHAPES.values() for name, shape in shapes.items()
         }
         self.num_dropped = 0
+        early = {
+            "backward": frozenset(SHAPES),
+            "mixed": frozenset(("prologue", "layers.1")),
+            "forward": frozenset[str](),
+        }[window]
         self.seen: dict[str, ByteArray] = {}
         """Weights that the last forward pass would have computed with, where an update came first."""
         self.optimizer = OffloadedAdamW(
@@ -226,8 +234,8 @@ class Trainer:
             engine=engine,
             records=self.records,
             gradients=self.gradients,
-            window=window,
-            spilled=frozenset(spilled),
+            early=early,
+            waiting={name: self._waiting(name, early, spilled, kept) for name in self.layouts},
             resident_states=self.resident,
             num_workers=num_workers,
             load_shard=self.load,
@@ -235,6 +243,12 @@ class Trainer:
             max_grad_norm=max_grad_norm,
             **hyperparameters,
         )
+
+    @staticmethod
+    def _waiting(name: str, early: frozenset[str], spilled: Sequence[str], kept: bool) -> Waiting:
+        if name in spilled:
+            return "spill"
+        return "host" if kept or name not in early else "free"
 
     def _drop(self) -> None:
         self.num_dropped += 1
@@ -293,6 +307,7 @@ class Trainer:
             self.load(shard)
 
     def backward(self, gradients: Gradients, shards: Sequence[str] | None = None) -> None:
+        self.optimizer.begin_backward()
         for shard in reversed(shards or list(SHAPES)):
             self.complete(shard, gradients)
 
@@ -305,7 +320,7 @@ class Trainer:
         def wait() -> None:
             _arrive(gradient, gradients)
 
-        if self.optimizer.window == "forward":
+        if not self.optimizer.updates_early(shard):
             self.optimizer.gradient_complete(gradient, wait=wait)
             return
         buffer, array, transfer = self._read(shard)
@@ -314,8 +329,10 @@ class Trainer:
 
     def train(self, *gradients: Gradients) -> None:
         """One step, as a loop of a user's."""
-        self.forward()
-        for part in gradients:
+        for number, part in enumerate(gradients):
+            if number:
+                self.optimizer.accumulate()
+            self.forward()
             self.backward(part)
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -39,7 +39,7 @@ from tests.optim.harness import (
 
 pytestmark = pytest.mark.timeout(60)
 
-Window = Literal["backward", "forward"]
+Window = Literal["backward", "mixed", "forward"]
 WINDOWS: tuple[Window, ...] = ("backward", "forward")
 ALL = tuple(SHAPES)
 
@@ -77,7 +77,14 @@ def without(gradients: Gradients, *names: str) -> Gradients:
 @pytest.mark.parametrize("resident", [(), ("layers.0", "epilogue")])
 @pytest.mark.parametrize(
     ("window", "spilled"),
-    [("backward", ()), ("forward", ()), ("forward", ALL), ("forward", ("layers.0", "prologue"))],
+    [
+        ("backward", ()),
+        ("backward", ALL),
+        ("mixed", ()),
+        ("mixed", ("layers.0", "prologue")),
+        ("forward", ()),
+        ("forward", ALL),
+    ],
 )
 def test_same_bits_as_torch(
     window: Window,
@@ -106,12 +113,16 @@ def test_same_bits_as_torch(
             trainer.optimizer.zero_grad()
         trainer.train(gradients)
         norm = plain.step(gradients)
+        early = [s for s in _hit(gradients, ALL) if trainer.optimizer.updates_early(s)]
+        read_back = [s for s in _hit(gradients, spilled) if s not in early]
         assert trainer.optimizer.last_step == StepResult(
-            step + 1,
-            norm,
-            False,
-            None,
-            sum(trainer.layouts[s].gradient_bytes for s in _hit(gradients, spilled)),
+            step=step + 1,
+            grad_norm=norm,
+            clipped=False,
+            skipped=None,
+            window="backward" if early else "forward",
+            num_redone=0,
+            bytes_spilled=sum(trainer.layouts[s].gradient_bytes for s in [*_hit(gradients, spilled), *read_back]),
         )
         for scheduler in schedulers:
             scheduler.step()
@@ -128,10 +139,30 @@ def _hit(gradients: Gradients, shards: tuple[str, ...]) -> list[str]:
 
 
 @pytest.mark.parametrize("max_grad_norm", [1e9, 1e-3, 1.5])
-@pytest.mark.parametrize("spilled", [(), ALL])
-def test_clipping(max_grad_norm: float, spilled: tuple[str, ...], engine: Engine, tmp_path: Path) -> None:
-    """Never, always and sometimes, by the norm's own definition."""
-    trainer = Trainer(tmp_path / "s", engine, window="forward", spilled=spilled, max_grad_norm=max_grad_norm)
+@pytest.mark.parametrize("spilled", [(), ALL, ("layers.1",)])
+@pytest.mark.parametrize("resident", [(), ("layers.0", "prologue")])
+@pytest.mark.parametrize("max_clipped_share", [0.25, 1.0])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_clipping(
+    window: Window,
+    max_clipped_share: float,
+    resident: tuple[str, ...],
+    spilled: tuple[str, ...],
+    max_grad_norm: float,
+    lazy: LazyDrive,
+    tmp_path: Path,
+) -> None:
+    """Never, always and sometimes, by the norm's own definition; early updates that were wrong are made again."""
+    trainer = Trainer(
+        tmp_path / "s",
+        lazy,
+        window=window,
+        spilled=spilled,
+        resident=resident,
+        max_grad_norm=max_grad_norm,
+        max_clipped_share=max_clipped_share,
+    )
+    early = sum(trainer.optimizer.updates_early(shard) for shard in SHAPES)
     plain = PlainAdamW(initial_masters(), max_grad_norm)
     clipped = []
     for step in range(4):
@@ -142,6 +173,9 @@ def test_clipping(max_grad_norm: float, spilled: tuple[str, ...], engine: Engine
         assert result is not None
         assert result.grad_norm == norm
         assert result.clipped == (norm > max_grad_norm)
+        guessed = early if sum(clipped) <= max_clipped_share * len(clipped) else 0
+        assert result.window == ("backward" if guessed else "forward")
+        assert result.num_redone == (guessed if result.clipped else 0)
         clipped.append(result.clipped)
     assert clipped == {1e9: [False] * 4, 1e-3: [True] * 4, 1.5: [False, True] * 2}[max_grad_norm]
     trainer.check(plain)
@@ -161,9 +195,21 @@ def test_max_grad_norm_may_change_between_steps(lazy: LazyDrive, tmp_path: Path)
 
 
 @pytest.mark.parametrize("spilled", [(), ALL, ("layers.0",)])
-def test_backward_passes_add_up_until_a_step(spilled: tuple[str, ...], engine: Engine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("resident", [(), ("layers.0", "prologue")])
+@pytest.mark.parametrize("window", WINDOWS)
+def test_backward_passes_add_up_until_a_step(
+    window: Window, resident: tuple[str, ...], spilled: tuple[str, ...], lazy: LazyDrive, tmp_path: Path
+) -> None:
     """Three passes, each with gradients that the others lack; spilled ones come back to be added to."""
-    trainer = Trainer(tmp_path / "s", engine, window="forward", spilled=spilled, max_grad_norm=0.5)
+    trainer = Trainer(
+        tmp_path / "s",
+        lazy,
+        window=window,
+        spilled=spilled,
+        resident=resident,
+        max_grad_norm=0.5,
+        max_clipped_share=1.0,
+    )
     plain = PlainAdamW(initial_masters(), 0.5)
     for step in range(2):
         parts = [
@@ -261,11 +307,12 @@ def test_the_forward_pass_computes_with_the_new_weights(
 
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("resident", [(), ("layers.0",), ALL])
-@pytest.mark.parametrize("spilled", [(), ("layers.1",)])
+@pytest.mark.parametrize("spilled", [(), ("layers.1",), ("layers.0",)])
 def test_traffic_of_a_step(
     window: Window, resident: tuple[str, ...], spilled: tuple[str, ...], lazy: LazyDrive, tmp_path: Path
 ) -> None:
-    """Each record is read once, if it is not in memory, and written once; spilled gradients once each way."""
+    """Each record is read once, if it is not in memory, and written once; spilled gradients once each way, but not read
+    where the early update was right."""
     trainer = Trainer(tmp_path / "s", lazy, window=window, resident=resident, spilled=spilled)
     for step in range(2):
         trainer.train(random_gradients(step))
@@ -278,8 +325,9 @@ def test_traffic_of_a_step(
     states = sum(layout.state_bytes for layout in all_of)
     weights = sum(layout.weight_bytes for layout in all_of)
     kept = sum(trainer.layouts[shard].state_bytes for shard in resident)
-    spilled_bytes = 0 if window == "backward" else sum(trainer.layouts[s].gradient_bytes for s in spilled)
-    assert lazy.bytes_read - read == weights + states - kept + spilled_bytes
+    spilled_bytes = sum(trainer.layouts[s].gradient_bytes for s in spilled)
+    read_back = sum(trainer.layouts[s].gradient_bytes for s in spilled if not trainer.optimizer.updates_early(s))
+    assert lazy.bytes_read - read == weights + states - kept + read_back
     assert lazy.bytes_written - written == weights + states + spilled_bytes
     trainer.close()
 
@@ -464,7 +512,7 @@ def test_reading_states_between_backward_and_step(engine: Engine, tmp_path: Path
     trainer.backward(random_gradients(1))
     for shard in SHAPES:
         trainer.optimizer.wait_written(shard)
-    assert all(trainer.optimizer._step_jobs[shard].done.is_set() for shard in SHAPES)
+    assert all(trainer.optimizer._guesses[shard].job.done.is_set() for shard in SHAPES)
     trainer.check(plain)
     for shard in SHAPES:
         trainer.load(shard)
@@ -681,7 +729,7 @@ def test_wrong_hyperparameters_set_later(window: Window, lazy: LazyDrive, tmp_pa
 
 @pytest.mark.parametrize("field", ["lr", "betas", "eps", "weight_decay"])
 def test_hyperparameters_changed_between_backward_and_step(field: str, lazy: LazyDrive, tmp_path: Path) -> None:
-    """RuntimeError in the backward window, with nothing changed: the former value makes the step."""
+    """RuntimeError where gradients are given back, with nothing changed: the former value makes the step."""
     trainer = Trainer(tmp_path / "s", lazy, window="backward")
     plain = PlainAdamW(initial_masters())
     group = trainer.optimizer.param_groups[0]
@@ -699,23 +747,30 @@ def test_hyperparameters_changed_between_backward_and_step(field: str, lazy: Laz
     trainer.close()
 
 
-def test_hyperparameters_changed_in_the_forward_window_count(lazy: LazyDrive, tmp_path: Path) -> None:
-    """As in torch: those at step()."""
-    trainer = Trainer(tmp_path / "s", lazy, window="forward")
+@pytest.mark.parametrize("window", WINDOWS)
+def test_hyperparameters_changed_where_gradients_are_kept_count(
+    window: Window, lazy: LazyDrive, tmp_path: Path
+) -> None:
+    """As in torch: those at step(), and only shards with another value are updated again."""
+    trainer = Trainer(tmp_path / "s", lazy, window=window, kept=True)
     plain = PlainAdamW(initial_masters())
     trainer.backward(random_gradients(0))
+    trainer.optimizer.flush()
     for optimizer in (trainer.optimizer, plain.optimizer):
         optimizer.param_groups[0]["lr"] = 0.5
     trainer.optimizer.step()
+    assert trainer.optimizer.last_step is not None
+    # The first group has parameters in all shards but layers.1.
+    assert trainer.optimizer.last_step.num_redone == {"backward": 3, "mixed": 1, "forward": 0}[window]
     trainer.optimizer.param_groups[0]["lr"] = 0.25  # for the next one
     plain.step(random_gradients(0))
     trainer.check(plain)
     trainer.close()
 
 
-def test_clipping_is_refused_in_the_backward_window(lazy: LazyDrive, tmp_path: Path) -> None:
+def test_clipping_is_refused_where_gradients_are_given_back(lazy: LazyDrive, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"before the norm is known"):
-        Trainer(tmp_path / "s", lazy, window="backward", max_grad_norm=1.0)
+        Trainer(tmp_path / "s", lazy, window="backward", max_grad_norm=1.0, kept=False)
     trainer = Trainer(tmp_path / "t", lazy, window="backward")
     with pytest.raises(ValueError, match=r"max_grad_norm=1\.0"):
         trainer.optimizer.max_grad_norm = 1.0
@@ -723,16 +778,37 @@ def test_clipping_is_refused_in_the_backward_window(lazy: LazyDrive, tmp_path: P
     trainer.close()
 
 
-def test_second_backward_pass_in_the_backward_window(lazy: LazyDrive, tmp_path: Path) -> None:
+def test_second_backward_pass_where_gradients_are_given_back(lazy: LazyDrive, tmp_path: Path) -> None:
     """Refused with the remedy; after zero_grad() or step() all is well."""
     trainer = Trainer(tmp_path / "s", lazy, window="backward")
     plain = PlainAdamW(initial_masters())
     trainer.backward(random_gradients(0))
     with pytest.raises(RuntimeError, match="micro_batch_size"):
-        trainer.backward(random_gradients(1))
+        trainer.optimizer.accumulate()
     trainer.optimizer.step()
     plain.step(random_gradients(0))
     trainer.backward(random_gradients(1))
+    with pytest.raises(RuntimeError, match=r"accumulate\(\)"):
+        trainer.backward(random_gradients(2))
+    trainer.optimizer.zero_grad()
+    trainer.train(random_gradients(2))
+    plain.step(random_gradients(2))
+    trainer.check(plain)
+    trainer.close()
+
+
+def test_refused_steps_change_nothing(lazy: LazyDrive, tmp_path: Path) -> None:
+    """Whoever knows of a loss that is no number says so before step(); zero_grad() takes it back."""
+    trainer = Trainer(tmp_path / "s", lazy, window="backward", kept=True)
+    plain = PlainAdamW(initial_masters())
+    trainer.backward(random_gradients(0))
+    trainer.optimizer.refuse_step("the loss is nan")
+    trainer.optimizer.step()
+    assert trainer.optimizer.last_step is not None
+    assert trainer.optimizer.last_step.skipped == "the loss is nan"
+    assert trainer.optimizer.num_skipped == 1
+    trainer.backward(random_gradients(1))
+    trainer.optimizer.refuse_step("the loss is nan")
     trainer.optimizer.zero_grad()
     trainer.train(random_gradients(2))
     plain.step(random_gradients(2))

@@ -1,0 +1,47 @@
+"""`fuyou bench`: rates beside the limit that the same machine shows in the same run.
+
+Contestants take turns, so that whatever else the machine does falls on all of them; what is published are medians,
+and first of all ratios. Each module here has `SUMMARY`, `add_arguments(parser)`, `run(options)` (a result as JSON) and
+`describe(result)` (the same for people), and imports what is heavy inside `run`.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+MIN_REPEATS = 9
+"""Turns of each contestant; fewer give medians that wander."""
+
+
+def take_turns(
+    contestants: Mapping[str, Callable[[], object]], num_repeats: int = MIN_REPEATS
+) -> dict[str, list[float]]:
+    """Seconds of each call, by contestant: one untimed call each, then `num_repeats` rounds; blocks.
+
+    Every second round goes backwards, so that nobody always runs behind the same neighbour.
+    """
+    for call in contestants.values():
+        call()
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for repeat in range(num_repeats):
+        order = list(contestants) if repeat % 2 == 0 else list(contestants)[::-1]
+        for name in order:
+            started_seconds = time.perf_counter()
+            contestants[name]()
+            seconds[name].append(time.perf_counter() - started_seconds)
+    return seconds
+
+
+def spread(values: list[float]) -> float:
+    """Half the distance between the quartiles, as a share of the median; 0.0 for fewer than four values."""
+    if len(values) < 4:
+        return 0.0
+    lower, _, upper = statistics.quantiles(values, n=4)
+    return (upper - lower) / 2 / statistics.median(values)
+
+
+def median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Median of the rounds' own ratios: neighbours in time share what disturbed them."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))

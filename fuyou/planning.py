@@ -1,0 +1,177 @@
+"""From a model and a config to its plan: the shards and their sizes, this machine's memory, plans that were given."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fuyou.blocks import Block, ModelBlocks
+from fuyou.config import OffloadConfig, parse_bytes
+from fuyou.errors import ConfigError, PlanError
+from fuyou.hardware import available_host_bytes, num_cores
+from fuyou.plan import Plan
+from fuyou.planner import ShardSize, least_memory, make_plan, pooled_bytes
+from optim import DEFAULT_CHUNK_ELEMENTS, ShardLayout
+
+HOST_MEMORY_SHARE = 0.7
+"""Part of the memory available now that is taken when host_memory is not given."""
+
+
+def shard_layouts(
+    blocks: ModelBlocks, model: nn.Module, compute_dtype: str, moment_dtype: str
+) -> dict[str, ShardLayout]:
+    """One shard for each block that owns parameters."""
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return {
+        block.name: ShardLayout.of(
+            block.name,
+            {name: shapes[name] for name in block.parameters},
+            compute_dtype,
+            DEFAULT_CHUNK_ELEMENTS,
+            moment_dtype,
+        )
+        for block in blocks.blocks
+        if block.parameters
+    }
+
+
+def shard_sizes(
+    blocks: ModelBlocks, layouts: Mapping[str, ShardLayout], trainable: Callable[[str], bool]
+) -> list[ShardSize]:
+    """What the planner knows of the blocks that own parameters, in the order of the forward pass."""
+    return [
+        ShardSize(
+            name=block.name,
+            kind=block.kind,
+            num_parameters=layouts[block.name].num_parameters,
+            trainable=any(trainable(name) for name in block.parameters),
+            weight_bytes=layouts[block.name].weight_bytes,
+            state_bytes=layouts[block.name].state_bytes,
+            gradient_bytes=layouts[block.name].gradient_bytes,
+            record_bytes=layouts[block.name].full_record_bytes,
+            gradient_chunk_bytes=layouts[block.name].gradient_range(0)[1],
+            borrowed_bytes=sum(layouts[b].weight_bytes for b in block.borrows),
+            borrowed=block.borrows,
+        )
+        for block in _with_borrowers(blocks, layouts)
+    ]
+
+
+def _with_borrowers(blocks: ModelBlocks, layouts: Mapping[str, ShardLayout]) -> list[Block]:
+    """The blocks that own parameters; what a block without any borrows counts for the last layer."""
+    owning = [block for block in blocks.blocks if block.name in layouts]
+    borrowed = {name for block in owning for name in block.borrows}
+    orphaned = tuple({b: None for block in blocks.blocks if block.name not in layouts for b in block.borrows})
+    missing = tuple(name for name in orphaned if name not in borrowed)
+    if missing:
+        owning[-1] = dataclasses.replace(owning[-1], borrows=(*owning[-1].borrows, *missing))
+    return owning
+
+
+def check_plan(plan: Plan, sizes: Sequence[ShardSize], config: OffloadConfig, *, device: str, clipping: bool) -> None:
+    """ConfigError if a plan that was given is for another model or run, PlanError if its pools would lock up."""
+    expected = {s.name: s for s in sizes}
+    if [b.name for b in plan.blocks] != list(expected):
+        raise ConfigError(
+            f"plan: its blocks ({len(plan.blocks)}, first {plan.blocks[0].name if plan.blocks else None!r}) are not those of "
+            f"this model ({len(expected)}, first {next(iter(expected))!r}): make a plan for this model"
+        )
+    for block in plan.blocks:
+        size = expected[block.name]
+        if (block.weight_bytes, block.num_parameters) != (size.weight_bytes, size.num_parameters):
+            raise ConfigError(
+                f"plan: block {block.name} has {block.num_parameters} parameters in {block.weight_bytes} bytes, the model's "
+                f"{size.num_parameters} in {size.weight_bytes}: make a plan for this model and compute_dtype"
+            )
+        if block.trainable and block.state_bytes != size.state_bytes:
+            raise ConfigError(
+                f"plan: block {block.name} has states of {block.state_bytes} bytes, the model's are {size.state_bytes}: make a "
+                "plan for this moment_dtype"
+            )
+        if clipping and block.trainable and block.gradient == "free":
+            raise ConfigError(
+                f"plan: the gradient of block {block.name} is given back before the norm is known, so that it cannot be "
+                'clipped: choose "host" or "spill", or max_grad_norm=None'
+            )
+    for field, planned, actual in (
+        ("compute_dtype", plan.compute_dtype, config.compute_dtype),
+        ("moment_dtype", plan.moment_dtype, config.moment_dtype),
+        ("device", torch.device(plan.device).type, torch.device(device).type),
+    ):
+        if planned != actual:
+            raise ConfigError(f"plan: {field}={planned!r}, this run has {actual!r}: make a plan for this run")
+    least = least_memory(sizes)
+    for field, has, needs in (
+        (
+            "weight_pool_bytes",
+            plan.weight_pool_bytes,
+            least.weights + sum(pooled_bytes(b.weight_bytes) for b in plan.blocks if b.weights_in_host),
+        ),
+        (
+            "gradient_pool_bytes",
+            plan.gradient_pool_bytes,
+            least.gradients + sum(pooled_bytes(b.gradient_bytes) for b in plan.blocks if b.gradient == "host"),
+        ),
+        (
+            "record_pool_bytes",
+            plan.record_pool_bytes,
+            least.records + sum(pooled_bytes(b.state_bytes) for b in plan.blocks if b.states_in_host),
+        ),
+    ):
+        if has < needs:
+            raise PlanError(
+                f"plan: {field} = {has} is {needs - has} bytes short of what its choices for the blocks need ({needs})"
+            )
+
+
+def plan_for(
+    blocks: ModelBlocks,
+    layouts: Mapping[str, ShardLayout],
+    trainable: Callable[[str], bool],
+    config: OffloadConfig,
+    *,
+    device: str,
+    clipping: bool,
+    micro_batch_size: int | None,
+    hardware: Any = None,
+    boundary_bytes: int | None = None,
+    num_tokens: int | None = None,
+) -> Plan:
+    """The plan of a model on this machine; the config's own plan, if it has one. Raises as `make_plan`."""
+    if config.plan is not None:
+        plan = config.plan if isinstance(config.plan, Plan) else Plan.from_json(config.plan)
+        check_plan(plan, shard_sizes(blocks, layouts, trainable), config, device=device, clipping=clipping)
+        return plan
+    if config.host_memory is not None:
+        host_bytes, reason = parse_bytes(config.host_memory, "host_memory"), "as given"
+    else:
+        available = available_host_bytes()
+        host_bytes = int(available * HOST_MEMORY_SHARE)
+        reason = f"{HOST_MEMORY_SHARE:.0%} of what is available now"
+    return make_plan(
+        shard_sizes(blocks, layouts, trainable),
+        device=device,
+        compute_dtype=config.compute_dtype,
+        moment_dtype=config.moment_dtype,
+        host_memory_bytes=host_bytes,
+        host_memory_reason=reason,
+        micro_batch_size=micro_batch_size,
+        clipping=clipping,
+        num_cores=num_cores(),
+        hardware=hardware,
+        boundary_bytes=boundary_bytes,
+        num_tokens=num_tokens,
+    )
+
+
+def choose_device(config: OffloadConfig) -> str:
+    """The device's name; ConfigError if CUDA is asked for and not there."""
+    if config.device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f'device="{config.device}": torch {torch.__version__} sees no CUDA device; use device="cpu"')
+    return config.device

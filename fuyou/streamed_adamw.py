@@ -1,0 +1,47 @@
+"""The optimizer of a streamed model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from optim import OffloadedAdamW
+
+
+class StreamedAdamW(OffloadedAdamW):
+    """The optimizer of a streamed model: remembers a call that was cut short, after which nothing may be committed."""
+
+    cut_short: str | None = None
+    """Name of the call that did not come to its end."""
+    num_steps_called = 0
+    """Calls of step and zero_grad that have ended, after each of which no gradient waits."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """See `OffloadedAdamW.step`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with self._uninterrupted("optimizer.step()"):
+            super().step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """See `OffloadedAdamW.zero_grad`."""
+        with self._uninterrupted("optimizer.zero_grad()"):
+            super().zero_grad(set_to_none)
+
+    @contextlib.contextmanager
+    def _uninterrupted(self, what: str) -> Iterator[None]:
+        earlier, self.cut_short = self.cut_short, what
+        try:
+            yield
+        except Exception:
+            # Errors leave the optimizer as it was, or broken by its own account.
+            self.cut_short = earlier
+            raise
+        self.cut_short = earlier
+        self.num_steps_called += 1

@@ -1,0 +1,203 @@
+"""What Python has no words for: fused multiply-adds, bits of floats, and arithmetic that stays in 32 bits.
+
+With numba's own 64-bit integers LLVM would make all vectors half as long, and it never fuses on its own what
+torch's compiler did.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from llvmlite import ir  # type: ignore[import-untyped, unused-ignore]  # no stubs exist
+from numba.core import types
+from numba.extending import intrinsic
+from numba.np.arrayobj import make_array, populate_array
+
+# numba declares no types for these.
+_array_struct: Any = make_array
+_populate: Any = populate_array
+
+_I16, _I32, _F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
+_MAGNITUDE_MASK: Final = 0x7FFFFFFF
+
+
+def _word(value: int) -> Any:
+    return ir.Constant(_I32, value)
+
+
+def _window(_context: Any, array: Any, start: Any, stop: Any) -> Any:
+    """array[start:stop] of a contiguous 1-D array for 0 <= start <= stop <= size, which must outlive the result.
+
+    A slice would own a share of the memory, and counting owners takes longer than the arithmetic of a block.
+    """
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        whole = _array_struct(array)(context, builder, value=arguments[0])
+        part = _array_struct(array)(context, builder)
+        _populate(
+            part,
+            data=builder.gep(whole.data, [arguments[1]]),
+            shape=[builder.sub(arguments[2], arguments[1])],
+            strides=[whole.itemsize],
+            itemsize=whole.itemsize,
+            meminfo=None,
+        )
+        return part._getvalue()
+
+    return array(array, types.int64, types.int64), generate
+
+
+def _fma(_context: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.fma(*arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
+def _widen(_context: Any, value: Any) -> Any:
+    """float32, or the bits of a bfloat16 as uint16 -> float32, exactly."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        if value == types.float32:
+            return arguments[0]
+        return builder.bitcast(builder.shl(builder.zext(arguments[0], _I32), _word(16)), _F32)
+
+    return types.float32(value), generate
+
+
+def _join_halves(_context: Any, high: Any, low: Any) -> Any:
+    """(uint16, uint16) -> float32: the sum undoes the carry that rounding half up put into the high half."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        high_bits = builder.shl(builder.zext(arguments[0], _I32), _word(16))
+        return builder.bitcast(builder.add(high_bits, builder.sext(arguments[1], _I32)), _F32)
+
+    return types.float32(types.uint16, types.uint16), generate
+
+
+def _high_half(_context: Any, value: Any) -> Any:
+    """float32 -> uint16: the bfloat16 nearest to value, halves rounded away from zero."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        bits = builder.add(builder.bitcast(arguments[0], _I32), _word(0x8000))
+        return builder.trunc(builder.lshr(bits, _word(16)), _I16)
+
+    return types.uint16(types.float32), generate
+
+
+def _low_half(_context: Any, value: Any) -> Any:
+    """float32 -> uint16: the lower 16 bits."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.trunc(builder.bitcast(arguments[0], _I32), _I16)
+
+    return types.uint16(types.float32), generate
+
+
+def _count_from(_context: Any, count: Any, value: Any, limit: Any) -> Any:
+    """count + 1 if value's bits without the sign are at least limit, as a NaN's always are; else count."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        count, value, limit = arguments
+        magnitude = builder.and_(builder.bitcast(value, _I32), _word(_MAGNITUDE_MASK))
+        return builder.add(count, builder.zext(builder.icmp_unsigned(">=", magnitude, limit), _I32))
+
+    return types.int32(types.int32, types.float32, types.uint32), generate
+
+
+def _max_magnitude(_context: Any, largest: Any, value: Any) -> Any:
+    """The larger of largest and value's bits without the sign; a NaN's are larger than any number's."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        largest, value = arguments
+        magnitude = builder.and_(builder.bitcast(value, _I32), _word(_MAGNITUDE_MASK))
+        return builder.select(builder.icmp_unsigned(">", magnitude, largest), magnitude, largest)
+
+    return types.uint32(types.uint32, types.float32), generate
+
+
+def _float_of_bits(_context: Any, bits: Any) -> Any:
+    """The float32 that these 32 bits are."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _F32)
+
+    return types.float32(types.uint32), generate
+
+
+def _random_bits(_context: Any, key: Any, start: Any, index: Any) -> Any:
+    """(uint32, int64, int64) -> uint32: a hash of the key and of start + index modulo 2**32.
+
+    The mixer is `lowbias32` of https://github.com/skeeto/hash-prospector (public domain), a bijection made so that
+    every input bit flips every output bit with a probability close to one half.
+    """
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        key, start, index = arguments
+        x = builder.xor(builder.add(builder.trunc(start, _I32), builder.trunc(index, _I32)), key)
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+            x = builder.mul(builder.xor(x, builder.lshr(x, _word(shift))), _word(factor))
+        return builder.xor(x, builder.lshr(x, _word(16)))
+
+    return types.uint32(types.uint32, types.int64, types.int64), generate
+
+
+def _low_random(_context: Any, bits: Any) -> Any:
+    """uint32 -> uint16: the lower 16 bits, for the first of two roundings."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.trunc(arguments[0], _I16)
+
+    return types.uint16(types.uint32), generate
+
+
+def _high_random(_context: Any, bits: Any) -> Any:
+    """uint32 -> uint16: the upper 16 bits, for the second of two roundings."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.trunc(builder.lshr(arguments[0], _word(16)), _I16)
+
+    return types.uint16(types.uint32), generate
+
+
+def _round_to_bfloat16(_context: Any, value: Any, random: Any) -> Any:
+    """(float32, uint16) -> uint16: bits of a bfloat16 beside value, the farther one the less likely.
+
+    Over all random numbers the mean is value itself, of either sign. The carry of the sum leads to the next number.
+    """
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        value, random = arguments
+        bits = builder.add(builder.bitcast(value, _I32), builder.zext(random, _I32))
+        return builder.trunc(builder.lshr(bits, _word(16)), _I16)
+
+    return types.uint16(types.float32, types.uint16), generate
+
+
+def _keep_above_zero(_context: Any, bits: Any, value: Any) -> Any:
+    """(uint16, float32) -> uint16: the bits of the smallest bfloat16 above zero if zero came of a value above zero."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        bits, value = builder.zext(arguments[0], _I32), builder.bitcast(arguments[1], _I32)
+        least = builder.select(builder.icmp_unsigned("<", value, _word(1)), value, _word(1))
+        return builder.trunc(builder.select(builder.icmp_unsigned(">", bits, least), bits, least), _I16)
+
+    return types.uint16(types.uint16, types.float32), generate
+
+
+window: Any = intrinsic(_window)
+fma: Any = intrinsic(_fma)
+widen: Any = intrinsic(_widen)
+join_halves: Any = intrinsic(_join_halves)
+high_half: Any = intrinsic(_high_half)
+low_half: Any = intrinsic(_low_half)
+count_from: Any = intrinsic(_count_from)
+max_magnitude: Any = intrinsic(_max_magnitude)
+float_of_bits: Any = intrinsic(_float_of_bits)
+random_bits: Any = intrinsic(_random_bits)
+low_random: Any = intrinsic(_low_random)
+high_random: Any = intrinsic(_high_random)
+round_to_bfloat16: Any = intrinsic(_round_to_bfloat16)
+keep_above_zero: Any = intrinsic(_keep_above_zero)

@@ -1,0 +1,180 @@
+"""Adam's arithmetic on one element in float32: what every kernel does, whatever it reads and writes.
+
+Legend: p master weight, m first moment, v second moment, g gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numba.extending import overload
+from numpy.typing import NDArray
+
+from optim.kernels_compile import inlined
+from optim.kernels_intrinsics import fma, high_half, join_halves, low_half
+
+UInt16Array = NDArray[np.uint16]
+Float32Array = NDArray[np.float32]
+
+# Magnitudes from here on are infinities and NaNs.
+INFINITY_BITS: Final = np.uint32(0x7F800000)
+# Magnitudes from here on are those, and the finite floats that round half up to a bfloat16 infinity.
+OVERFLOWING_HIGH_BITS: Final = np.uint32(0x7F7F8000)
+# The kernels count in 32 bits.
+_MAX_ELEMENTS: Final = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class AdamWScalars:
+    """What one optimizer step multiplies with: derived in float64 as torch derives it, used in float32."""
+
+    decay: float
+    """Factor on the weight before the update (decoupled weight decay); 1.0 without."""
+    l2: float
+    """Weight of p added to the gradient (Adam's weight decay); 0.0 without."""
+    lerp_weight: float
+    """1 - beta1: how far m moves towards the gradient."""
+    beta2: float
+    square_weight: float
+    """1 - beta2."""
+    step_size: float
+    """lr / (1 - beta1 ** step)."""
+    bias_correction2_sqrt: float
+    eps: float
+
+    @classmethod
+    def at_step(
+        cls,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        step: int,
+        decoupled: bool = True,
+    ) -> AdamWScalars:
+        """Derive the scalars of optimizer step `step`, counted from 1 as torch does.
+
+        `decoupled` is AdamW's weight decay; False is Adam's, added to the gradient. ValueError for values
+        that torch refuses and for steps below 1.
+        """
+        if step < 1:
+            raise ValueError(f"step is {step}, but Adam counts its steps from 1: pass steps_taken_before + 1")
+        for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+            if not (value >= 0.0 and math.isfinite(value)):
+                raise ValueError(f"{name} is {value}, which Adam cannot use: pass a finite value of at least 0")
+        for name, value in (("beta1", beta1), ("beta2", beta2)):
+            if not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} is {value}, which gives no decaying average: pass a value in [0, 1)")
+        return cls(
+            decay=1.0 - lr * weight_decay if decoupled else 1.0,
+            l2=0.0 if decoupled else weight_decay,
+            lerp_weight=1.0 - beta1,
+            beta2=beta2,
+            square_weight=1.0 - beta2,
+            step_size=lr / (1.0 - beta1**step),
+            bias_correction2_sqrt=math.sqrt(1.0 - beta2**step),
+            eps=eps,
+        )
+
+    def kernel_arguments(self, gradient_scale: float) -> tuple[np.float32 | bool, ...]:
+        """What `update` takes after the element."""
+        lerp_weight = np.float32(self.lerp_weight)
+        # torch.lerp starts from the nearer end, so that weights of 0 and 1 are exact.
+        from_moment = bool(abs(lerp_weight) < np.float32(0.5))
+        return (
+            np.float32(gradient_scale),
+            np.float32(self.decay),
+            np.float32(self.l2),
+            lerp_weight if from_moment else lerp_weight - np.float32(1.0),
+            from_moment,
+            np.float32(self.beta2),
+            np.float32(self.square_weight),
+            np.float32(-self.step_size),
+            np.float32(self.bias_correction2_sqrt),
+            np.float32(self.eps),
+        )
+
+
+@inlined
+def update(
+    p: Any,
+    m: Any,
+    v: Any,
+    g: Any,
+    gradient_scale: Any,
+    decay: Any,
+    l2: Any,
+    coefficient: Any,
+    from_moment: Any,
+    beta2: Any,
+    square_weight: Any,
+    negative_step_size: Any,
+    bias_correction2_sqrt: Any,
+    eps: Any,
+) -> tuple[Any, Any, Any, Any]:
+    """One element's new p, m, v and the root of v; what follows g is `AdamWScalars.kernel_arguments`."""
+    g = g * gradient_scale
+    # Multiplying by 1.0 is exact, but adding 0.0 * p is not (it turns -0.0 into 0.0), hence the branch.
+    if l2 != 0.0:
+        g = fma(p, l2, g)
+    m = fma(coefficient, g - m, m if from_moment else g)
+    v = fma(square_weight * g, g, v * beta2)
+    root = np.sqrt(v)
+    return p * decay + negative_step_size * m / (root / bias_correction2_sqrt + eps), m, v, root
+
+
+def load_master(masters: Any, i: Any) -> Any:
+    """For compiled functions: the float32 master number i >= 0 of (p,) or of (high, low)."""
+
+
+def store_master(masters: Any, i: Any, value: Any) -> Any:
+    """For compiled functions: the reverse of `load_master`."""
+
+
+# Indices are made unsigned: signed ones numba compares with zero, which keeps LLVM from vectorising.
+@overload(load_master)
+def _load_master(masters: Any, i: Any) -> Any:
+    def load_float32(masters: Any, i: Any) -> Any:
+        return masters[0][np.uintp(i)]
+
+    def load_halves(masters: Any, i: Any) -> Any:
+        return join_halves(masters[0][np.uintp(i)], masters[1][np.uintp(i)])
+
+    return load_float32 if len(masters) == 1 else load_halves
+
+
+@overload(store_master)
+def _store_master(masters: Any, i: Any, value: Any) -> Any:
+    def store_float32(masters: Any, i: Any, value: Any) -> Any:
+        masters[0][np.uintp(i)] = value
+
+    def store_halves(masters: Any, i: Any, value: Any) -> Any:
+        masters[0][np.uintp(i)] = high_half(value)
+        masters[1][np.uintp(i)] = low_half(value)
+
+    return store_float32 if len(masters) == 1 else store_halves
+
+
+def check_arrays(num_elements: int, dtypes: tuple[type[np.generic], ...], **arrays: NDArray[Any]) -> None:
+    """ValueError unless each is contiguous, 1-D, of `num_elements` and of one of `dtypes`.
+
+    The kernels check no bounds: a wrong length would write past the end. A strided view would compile anew.
+    """
+    if num_elements > _MAX_ELEMENTS:
+        raise ValueError(f"{num_elements} elements are more than one call can count: pass slices below 2**31")
+    for name, array in arrays.items():
+        if array.dtype not in dtypes or array.ndim != 1 or not array.flags.c_contiguous:
+            wanted = " or ".join(np.dtype(dtype).name for dtype in dtypes)
+            raise ValueError(
+                f"{name} is {array.dtype}{list(array.shape)} with strides {array.strides}, but the "
+                f"kernel reads flat memory: pass a contiguous 1-D {wanted} array"
+            )
+        if array.size != num_elements:
+            raise ValueError(
+                f"{name} has {array.size} elements beside arrays that need {num_elements}, but the kernel walks "
+                f"them together: pass slices of equal length"
+            )
