@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
@@ -25,6 +25,15 @@ _PIECE_ELEMENTS = 32 * TILE_ELEMENTS
 
 _PATIENCE_SECONDS = 0.5
 """How long to wait for a buffer before looking whether one can come at all."""
+
+
+def check_waiting(shards: Iterable[str], early: frozenset[str], waiting: Mapping[str, Waiting]) -> None:
+    """ValueError for a way of waiting that there is not, or not for a shard without early updates."""
+    for name in shards:
+        if waiting[name] not in ("host", "spill", "free") or (waiting[name] == "free" and name not in early):
+            raise ValueError(
+                f"waiting[{name!r}] = {waiting[name]!r}: choose 'host' or 'spill', or 'free' for a shard with early updates"
+            )
 
 
 class ShardGradient:

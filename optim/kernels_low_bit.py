@@ -66,7 +66,7 @@ _UNIFORM: Final = np.float32(2.0**-16)
 @compiled
 def _adamw_bfloat16(
     masters: Any, limit: Any, m: UInt16Array, v: UInt16Array, g: Any, key: Any, first_element: int, arguments: Any
-) -> int:
+) -> Any:
     num_refused, largest = np.int32(0), np.uint32(0)
     for i in range(m.size):
         new_p, new_m, new_v, _ = update(load_master(masters, i), widen(m[i]), widen(v[i]), widen(g[i]), *arguments)

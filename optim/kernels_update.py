@@ -175,6 +175,6 @@ def check_arrays(num_elements: int, dtypes: tuple[type[np.generic], ...], **arra
             )
         if array.size != num_elements:
             raise ValueError(
-                f"{name} has {array.size} elements beside arrays that need {num_elements}, but the kernel walks "
-                f"them together: pass slices of equal length"
+                f"{name} has {array.size} elements, but {num_elements} are needed beside the other arrays, with which "
+                f"the kernel walks it together: pass slices that belong together"
             )

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import json
 import math
 import time
@@ -32,64 +31,14 @@ import torch
 
 from io_engine import Buffer, BufferPool, Engine, Store, Transfer
 from optim import kernels, norm
-from optim.gradients import GradientIntake, HeldGradient, ShardGradient, Waiting
+from optim.gradients import GradientIntake, HeldGradient, ShardGradient, Waiting, check_waiting
 from optim.hyperparameters import check_group, check_max_grad_norm
 from optim.kernels import AdamWScalars, stochastic_key
 from optim.layout import ParameterSlot, ShardLayout
 from optim.norm import clip_coefficient, global_norm
-from optim.states import ParameterState, ParameterUpdate, StateFiles
-from optim.updater import Barrier, Recorder, ResidentState, ShardUpdater, UpdateInputs, UpdateJob
-
-
-class NonFiniteUpdateError(ArithmeticError):
-    """An update gave NaN, infinity or a weight too large for bfloat16; the committed step is untouched."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StepResult:
-    """What one `step()` did."""
-
-    step: int
-    """Number of the step, from 1."""
-    grad_norm: float
-    """Global norm of the gradient before clipping (`optim.norm`); NaN or infinity if the gradient was."""
-    clipped: bool
-    skipped: str | None
-    """Why the step changed nothing, or None."""
-    window: Literal["backward", "forward"]
-    """Where updates ran that could: in the backward pass, or after the step because clipping was frequent."""
-    num_redone: int
-    """Shards whose early update was a wrong guess."""
-    bytes_spilled: int
-    """Gradient bytes written to scratch files and read back."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _PendingUpdate:
-    """An accepted update that begins when the shard's weights come in."""
-
-    held: HeldGradient
-    updates: dict[str, ParameterUpdate]
-    gradient_scale: float
-
-
-@dataclasses.dataclass(frozen=True)
-class _EarlyUpdate:
-    """An update that has begun before `step()` could accept it."""
-
-    job: UpdateJob
-    updates: dict[str, ParameterUpdate]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Commit:
-    """An accepted step; it is committed when the updates of all `shards` are among `jobs`, and written."""
-
-    step: int
-    state: dict[str, Any]
-    shards: frozenset[str]
-    jobs: dict[str, UpdateJob]
-
+from optim.states import ParameterState, ParameterUpdate, StateFiles, checked_value
+from optim.steps import Commit, EarlyUpdate, NonFiniteUpdateError, PendingUpdate, StepCounts, StepResult
+from optim.updater import Barrier, Recorder, ResidentState, ShardUpdater, UpdateInputs, UpdateJob, check_room
 
 CLIPPING_HISTORY: Final = 16
 """Steps over which the share of clipped ones is taken."""
@@ -145,7 +94,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._shards = {shard.name: shard for shard in shards}
         self._early, self._waiting = early, dict(waiting)
         self._max_clipped_share = max_clipped_share
-        _check_waiting(self._shards, early, waiting)
+        check_waiting(self._shards, early, waiting)
         check_max_grad_norm(max_grad_norm, all_kept="free" not in self._waiting.values())
         super().__init__(
             params,
@@ -157,7 +106,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 "decoupled_weight_decay": decoupled_weight_decay,
             },
         )
-        _check_room(records, shards, self._waiting, self._resident.keys())
+        check_room(records, shards, self._waiting, self._resident.keys())
         kernels.warm_up()
         norm.warm_up()
         self._max_grad_norm = max_grad_norm
@@ -173,20 +122,19 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._barriers: list[Barrier] = []
         self._next_extra: dict[str, Any] = {}
         # Accepted updates that have not begun, and their commit.
-        self._pending: dict[str, _PendingUpdate] = {}
-        self._pending_commit: _Commit | None = None
+        self._pending: dict[str, PendingUpdate] = {}
+        self._pending_commit: Commit | None = None
         # Since the last step: shards whose gradient was handed over with their weights, and what has begun of them.
         self._given: set[str] = set()
-        self._guesses: dict[str, _EarlyUpdate] = {}
+        self._guesses: dict[str, EarlyUpdate] = {}
         self._clipped: collections.deque[bool] = collections.deque(maxlen=CLIPPING_HISTORY)
         self._is_guessing = True
         self._refusal: str | None = None
 
         saved: Mapping[str, Any] = store.state.get("optimizer", {})
-        self.step_count: int = int(saved.get("step_count", 0))
-        self._num_updates: int = int(saved.get("num_updates", 0))
-        self.num_skipped: int = int(saved.get("num_skipped", 0))
-        self._missed = self._missed_before(dict(saved.get("missed", {})))
+        written = store.checksums.keys()
+        untrained = [s for s in shards if s.state_name not in written]
+        self._counts = StepCounts(saved, (slot.name for shard in untrained for slot in shard.parameters))
         self.extra: dict[str, Any] = dict(saved.get("extra", {}))
         self.last_step: StepResult | None = None
 
@@ -213,6 +161,16 @@ class OffloadedAdamW(torch.optim.Optimizer):
     def max_grad_norm(self, value: float | None) -> None:
         check_max_grad_norm(value, all_kept="free" not in self._waiting.values())
         self._max_grad_norm = value
+
+    @property
+    def step_count(self) -> int:
+        """Steps taken, those included that were skipped."""
+        return self._counts.step
+
+    @property
+    def num_skipped(self) -> int:
+        """Steps that changed nothing, because of a gradient that was not finite or by `refuse_step`."""
+        return self._counts.num_skipped
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override, unused-ignore]
         """Make one optimizer step of the gradients that backward left.
@@ -250,15 +208,15 @@ class OffloadedAdamW(torch.optim.Optimizer):
         bytes_spilled = self._intake.bytes_spilled
         with self._whole_or_broken(f"step {self.step_count + 1}"):
             # The count of steps goes on if it is skipped, so that data and random numbers do not repeat.
-            self.step_count += 1
+            self._counts.step += 1
             if skipped is None:
                 self._clipped.append(scale < 1.0)
                 self._accept(updates, scale, redone)
                 bytes_spilled += sum(p.held.layout.gradient_bytes for p in self._pending.values() if p.held.extent)
             else:
-                self.num_skipped += 1
+                self._counts.num_skipped += 1
                 self._void()
-                self._submit_commit(_Commit(self.step_count, self._state_to_commit(), frozenset(), {}))
+                self._submit_commit(Commit(self.step_count, self._state_to_commit(), frozenset(), {}))
             self.last_step = StepResult(
                 self.step_count, grad_norm, scale < 1.0, skipped, window, len(redone), bytes_spilled
             )
@@ -349,7 +307,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self.flush()
         values = self._states.read(shard, slot, self._slots[shard.name])
         master, exp_avg, exp_avg_sq = (torch.from_numpy(value).reshape(slot.shape) for value in values)
-        return ParameterState(master, exp_avg, exp_avg_sq, step=self._num_updates - self._missed.get(name, 0))
+        return ParameterState(master, exp_avg, exp_avg_sq, step=self._counts.of(name))
 
     def set_state(
         self,
@@ -366,7 +324,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         """
         shard, slot = self._find(name)
         given = {"master": master, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-        values = {field: _flat(value, field, slot) for field, value in given.items() if value is not None}
+        values = {field: checked_value(value, field, slot) for field, value in given.items() if value is not None}
         self.flush()
         if self._held:
             raise RuntimeError("gradients wait for optimizer.step(): call step() or zero_grad() before editing states")
@@ -570,7 +528,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
             on_done()
             return
         job = self._submit(held, weights, updates, 1.0, (), on_done)
-        self._guesses[held.layout.name] = _EarlyUpdate(job, updates)
+        self._guesses[held.layout.name] = EarlyUpdate(job, updates)
 
     def _submit(
         self,
@@ -634,22 +592,18 @@ class OffloadedAdamW(torch.optim.Optimizer):
         right = {name: guess.job for name, guess in self._guesses.items() if name not in redone}
         self._forget_in_memory(redone)
         self._begin_step()
-        self._num_updates += 1
-        updated = frozenset[str]().union(*updates.values())
-        for shard in self._shards.values():
-            for slot in shard.parameters:
-                if slot.name not in updated:
-                    self._missed[slot.name] = self._missed.get(slot.name, 0) + 1
+        parameters = (slot.name for shard in self._shards.values() for slot in shard.parameters)
+        self._counts.count_update(parameters, frozenset[str]().union(*updates.values()))
         for name in right:
             self._slots[name] = 1 - self._slots[name]
         pending = {
-            name: _PendingUpdate(h, updates[name], scale)
+            name: PendingUpdate(h, updates[name], scale)
             for name, h in held.items()
             if name not in right and updates[name]
         }
         for name in held.keys() - pending.keys():  # taken up already, or without a parameter in any group
             held[name].release()
-        commit = _Commit(self.step_count, self._state_to_commit(), frozenset(right) | frozenset(pending), right)
+        commit = Commit(self.step_count, self._state_to_commit(), frozenset(right) | frozenset(pending), right)
         if pending:
             self._pending, self._pending_commit = pending, commit
         else:
@@ -696,22 +650,16 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
     def _state_to_commit(self) -> dict[str, Any]:
         extra, self._next_extra = self._next_extra, {}
-        return {
-            "step_count": self.step_count,
-            "num_updates": self._num_updates,
-            "num_skipped": self.num_skipped,
-            "missed": {name: count for name, count in self._missed.items() if count},
-            "extra": extra,
-        }
+        return self._counts.to_json() | {"extra": extra}
 
-    def _submit_commit(self, commit: _Commit) -> None:
+    def _submit_commit(self, commit: Commit) -> None:
         # The slots as they are now: a later step may flip them again before the barrier runs.
         slots = {name: self._slots[name] for name in commit.shards}
         barrier = self._updater.submit_barrier(lambda: self._commit(commit, slots))
         self._barriers = [b for b in self._barriers if not b.done.is_set() or b.error is not None]
         self._barriers.append(barrier)
 
-    def _commit(self, commit: _Commit, slots: Mapping[str, int]) -> None:
+    def _commit(self, commit: Commit, slots: Mapping[str, int]) -> None:
         """On the pipeline's thread, when every write of the step has ended."""
         assert commit.jobs.keys() == commit.shards
         checksums: dict[str, str] = {}
@@ -765,7 +713,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
             if group is None or p.name not in held.arrived:
                 continue
             beta1, beta2 = group["betas"]
-            step = self._num_updates + 1 - self._missed.get(p.name, 0)
+            step = self._counts.of(p.name) + 1
             scalars = AdamWScalars.at_step(
                 lr=float(group["lr"]),
                 beta1=float(beta1),
@@ -781,54 +729,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
     def _groups_by_name(self) -> dict[str, dict[str, Any]]:
         return {self._names[p]: group for group in self.param_groups for p in group["params"]}
 
-    def _missed_before(self, missed: dict[str, int]) -> dict[str, int]:
-        """Updates without each parameter so far, those before its shard was first trained included."""
-        written = self._store.checksums.keys()
-        for shard in self._shards.values():
-            if shard.state_name not in written:
-                missed |= dict.fromkeys((slot.name for slot in shard.parameters), self._num_updates)
-        return missed
-
     def _find(self, name: str) -> tuple[ShardLayout, ParameterSlot]:
         for shard in self._shards.values():
             for slot in shard.parameters:
                 if slot.name == name:
                     return shard, slot
         raise KeyError(f"{name!r} is not a trainable parameter of this model")
-
-
-def _flat(value: torch.Tensor, field: str, slot: ParameterSlot) -> npt.NDArray[np.float32]:
-    """A value for a parameter's state, checked; ValueError if it cannot be one."""
-    if tuple(value.shape) != slot.shape:
-        raise ValueError(
-            f"{field} has shape {tuple(value.shape)}, {slot.name} has {slot.shape}: give a tensor of that shape"
-        )
-    flat: npt.NDArray[np.float32] = value.detach().to("cpu", torch.float32).contiguous().flatten().numpy()
-    if not np.isfinite(flat).all():
-        raise ValueError(f"{field} of {slot.name} holds NaN or infinity, which no state may")
-    if field == "exp_avg_sq" and (flat < 0).any():
-        raise ValueError(f"exp_avg_sq of {slot.name} holds negative values: it is a mean of squares")
-    return flat
-
-
-def _check_waiting(shards: Iterable[str], early: frozenset[str], waiting: Mapping[str, Waiting]) -> None:
-    for name in shards:
-        if waiting[name] not in ("host", "spill", "free") or (waiting[name] == "free" and name not in early):
-            raise ValueError(
-                f"waiting[{name!r}] = {waiting[name]!r}: choose 'host' or 'spill', or 'free' for a shard with early updates"
-            )
-
-
-def _check_room(
-    records: BufferPool, shards: Sequence[ShardLayout], waiting: Mapping[str, Waiting], resident: Iterable[str]
-) -> None:
-    """BudgetError unless every shard's records fit beside what is kept in the pool."""
-    in_memory = set(resident)
-    needed_bytes = 0
-    for shard in shards:
-        staged_bytes = 0 if shard.name in in_memory else shard.full_record_bytes
-        if waiting[shard.name] == "spill":
-            staged_bytes += shard.gradient_range(0)[1]
-        needed_bytes = max(needed_bytes, staged_bytes)
-    if needed_bytes:
-        records.acquire(needed_bytes, block=False).release()

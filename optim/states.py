@@ -180,3 +180,17 @@ def _overlap(layout: ShardLayout, parameter: ParameterSlot, chunk: int) -> tuple
     begin, end = layout.chunk_range(chunk)
     a, b = max(begin, parameter.start), min(end, parameter.stop)
     return slice(a - begin, b - begin), slice(a - parameter.start, b - parameter.start)
+
+
+def checked_value(value: torch.Tensor, field: str, slot: ParameterSlot) -> npt.NDArray[np.float32]:
+    """A value for a parameter's state as a flat array; ValueError if it cannot be one."""
+    if tuple(value.shape) != slot.shape:
+        raise ValueError(
+            f"{field} has shape {tuple(value.shape)}, {slot.name} has {slot.shape}: give a tensor of that shape"
+        )
+    flat: npt.NDArray[np.float32] = value.detach().to("cpu", torch.float32).contiguous().flatten().numpy()
+    if not np.isfinite(flat).all():
+        raise ValueError(f"{field} of {slot.name} holds NaN or infinity, which no state may")
+    if field == "exp_avg_sq" and (flat < 0).any():
+        raise ValueError(f"exp_avg_sq of {slot.name} holds negative values: it is a mean of squares")
+    return flat

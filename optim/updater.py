@@ -14,7 +14,7 @@ import concurrent.futures
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -497,3 +497,18 @@ def _wait_all(transfers: Sequence[Transfer], job: UpdateJob) -> None:
             transfer.wait()
         except BaseException as error:
             job.fail(error)
+
+
+def check_room(
+    records: BufferPool, shards: Sequence[ShardLayout], waiting: Mapping[str, str], resident: Iterable[str]
+) -> None:
+    """BudgetError unless every shard's records fit beside what is kept in the pool."""
+    in_memory = set(resident)
+    needed_bytes = 0
+    for shard in shards:
+        staged_bytes = 0 if shard.name in in_memory else shard.full_record_bytes
+        if waiting[shard.name] == "spill":
+            staged_bytes += shard.gradient_range(0)[1]
+        needed_bytes = max(needed_bytes, staged_bytes)
+    if needed_bytes:
+        records.acquire(needed_bytes, block=False).release()

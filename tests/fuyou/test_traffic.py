@@ -40,11 +40,15 @@ def config() -> LlamaConfig:
     )
 
 
-def edited_plan(folder: Path, dtype: str, max_grad_norm: float | None, **changes: Any) -> Plan:
+def edited_plan(
+    folder: Path, dtype: str, max_grad_norm: float | None, moment_dtype: Any = "float32", **changes: Any
+) -> Plan:
     """A roomy plan in which every block is changed."""
     plan = fuyou.plan_model(
         config(),
-        offload=fuyou.OffloadConfig(store=folder, device="cpu", host_memory="2GiB", compute_dtype=dtype),
+        offload=fuyou.OffloadConfig(
+            store=folder, device="cpu", host_memory="2GiB", compute_dtype=dtype, moment_dtype=moment_dtype
+        ),
         batch_size=2,
         sequence_length=8,
         max_grad_norm=max_grad_norm,
@@ -65,7 +69,13 @@ class Measured:
     ) -> None:
         model = fuyou.from_config(
             config(),
-            offload=fuyou.OffloadConfig(store=folder, device="cpu", compute_dtype=plan.compute_dtype, plan=plan),
+            offload=fuyou.OffloadConfig(
+                store=folder,
+                device="cpu",
+                compute_dtype=plan.compute_dtype,
+                moment_dtype=plan.moment_dtype,
+                plan=plan,
+            ),
         )
         with model.fuyou:
             optimizer = fuyou.AdamW(model, max_grad_norm=max_grad_norm)
@@ -119,6 +129,23 @@ def test_gradients_spilled(tmp_path: Path) -> None:
     assert 7.9 < measured.spilled <= SPILLED_LIMIT
     assert measured.total <= BFLOAT16_LIMIT + SPILLED_LIMIT
     assert 25.5 < measured.total - measured.spilled <= BFLOAT16_LIMIT
+
+
+def test_gradients_spilled_and_no_step_clipped(tmp_path: Path) -> None:
+    """The early updates stand: nobody reads what was written for the case that they do not."""
+    plan = edited_plan(tmp_path, "bfloat16", 1e9, **NOTHING_KEPT, gradient="spill")
+    measured = Measured(tmp_path / "s", plan, 1e9)
+    assert 3.9 < measured.spilled <= SPILLED_LIMIT / 2
+    assert 25.5 < measured.total - measured.spilled <= BFLOAT16_LIMIT
+
+
+@pytest.mark.parametrize(("moment_dtype", "limit"), [("bfloat16", 18.0), ("int8", 14.2)])
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+def test_low_bit_moments(moment_dtype: str, limit: float, max_grad_norm: float | None, tmp_path: Path) -> None:
+    """Weights 2 x 2 read and 2 written; low halves 2, m and v 2 x 2 or 2 x 1 (and scales) each way; within 2 %."""
+    plan = edited_plan(tmp_path, "bfloat16", max_grad_norm, moment_dtype, **NOTHING_KEPT)
+    measured = Measured(tmp_path / "s", plan, max_grad_norm)
+    assert measured.total == pytest.approx(limit, rel=0.02)
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])

@@ -34,14 +34,14 @@ OVERFLOW_BITS = 0x7F7F8000  # the smallest float32 that rounds half up to a bflo
 
 OPTIONS = [
     # lr, beta1, beta2, eps, weight_decay, decoupled
-    pytest.param(1e-3, 0.9, 0.999, 1e-8, 0.0, True, id="no-decay"),
-    pytest.param(1e-3, 0.9, 0.999, 1e-8, 0.01, True, id="adamw"),
-    pytest.param(3e-5, 0.9, 0.95, 1e-6, 0.1, True, id="other-betas-and-eps"),
-    pytest.param(1e-2, 0.3, 0.5, 1e-8, 0.1, True, id="lerp-from-the-gradient"),
-    pytest.param(1e-2, 0.0, 0.0, 1e-10, 0.0, True, id="zero-betas"),
-    pytest.param(0.0, 0.9, 0.999, 1e-8, 0.1, True, id="zero-lr"),
-    pytest.param(1e-3, 0.9, 0.999, 1e-8, 0.01, False, id="adam-l2"),
-    pytest.param(1e-3, 0.5, 0.99, 1e-8, 0.0, False, id="adam-no-decay"),
+    pytest.param((1e-3, 0.9, 0.999, 1e-8, 0.0, True), id="no-decay"),
+    pytest.param((1e-3, 0.9, 0.999, 1e-8, 0.01, True), id="adamw"),
+    pytest.param((3e-5, 0.9, 0.95, 1e-6, 0.1, True), id="other-betas-and-eps"),
+    pytest.param((1e-2, 0.3, 0.5, 1e-8, 0.1, True), id="lerp-from-the-gradient"),
+    pytest.param((1e-2, 0.0, 0.0, 1e-10, 0.0, True), id="zero-betas"),
+    pytest.param((0.0, 0.9, 0.999, 1e-8, 0.1, True), id="zero-lr"),
+    pytest.param((1e-3, 0.9, 0.999, 1e-8, 0.01, False), id="adam-l2"),
+    pytest.param((1e-3, 0.5, 0.99, 1e-8, 0.0, False), id="adam-no-decay"),
 ]
 
 # Elsewhere torch's compiler contracts other operations, or none; the kernels compute the same everywhere.
@@ -64,22 +64,23 @@ def bits(array: Any) -> NDArray[np.uint32]:
     return values.view(np.uint32)
 
 
-def difficult_weights(rng: np.random.Generator) -> NDArray[np.float32]:
-    weights = (rng.standard_normal(NUM_ELEMENTS) * 0.02).astype(np.float32)
-    weights[:64] = 0.0
-    weights[64:128] = -0.0
-    weights[128:192] = 1e-40  # denormal
-    weights[192:256] = rng.standard_normal(64) * 1e30
+def difficult_weights(rng: np.random.Generator, size: int = NUM_ELEMENTS) -> NDArray[np.float32]:
+    weights = (rng.standard_normal(size) * 0.02).astype(np.float32)
+    weights[rng.random(size) < 0.02] = 0.0
+    weights[rng.random(size) < 0.02] = -0.0
+    weights[rng.random(size) < 0.02] = 1e-40  # denormal
+    huge = rng.random(size) < 0.02
+    weights[huge] = rng.standard_normal(int(huge.sum())) * 1e30
     return weights
 
 
-def difficult_gradient(rng: np.random.Generator) -> NDArray[np.float32]:
-    magnitudes = 10.0 ** rng.integers(-12, 5, NUM_ELEMENTS)
-    gradient = (rng.standard_normal(NUM_ELEMENTS) * magnitudes).astype(np.float32)
-    gradient[rng.random(NUM_ELEMENTS) < 0.1] = 0.0
-    gradient[rng.random(NUM_ELEMENTS) < 0.05] = -0.0
-    gradient[rng.random(NUM_ELEMENTS) < 0.05] = 1e-42  # denormal; its square is zero
-    gradient[rng.random(NUM_ELEMENTS) < 0.05] = 3e-21  # its square is denormal
+def difficult_gradient(rng: np.random.Generator, size: int = NUM_ELEMENTS) -> NDArray[np.float32]:
+    magnitudes = 10.0 ** rng.integers(-12, 5, size)
+    gradient = (rng.standard_normal(size) * magnitudes).astype(np.float32)
+    gradient[rng.random(size) < 0.1] = 0.0
+    gradient[rng.random(size) < 0.05] = -0.0
+    gradient[rng.random(size) < 0.05] = 1e-42  # denormal; its square is zero
+    gradient[rng.random(size) < 0.05] = 3e-21  # its square is denormal
     return gradient
 
 
@@ -94,41 +95,72 @@ def join_by_definition(high: NDArray[np.uint16], low: NDArray[np.uint16]) -> NDA
     return (raw % 2**32).astype(np.uint32).view(np.float32)
 
 
-@needs_torch_with_fma
-@pytest.mark.usefixtures("_torch_threads")
-@pytest.mark.parametrize(("lr", "beta1", "beta2", "eps", "weight_decay", "decoupled"), OPTIONS)
-def test_every_step_has_the_bits_of_torch_fused(
-    lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, decoupled: bool
+def assert_every_step_is_torchs(
+    options: tuple[float, float, float, float, float, bool], size: int, num_steps: int, compared_every: int = 1
 ) -> None:
-    rng = np.random.default_rng(0)
-    p = difficult_weights(rng)
+    """Both kernels on `size` elements beside torch on the same, padded with zeros to whole vectors."""
+    lr, beta1, beta2, eps, weight_decay, decoupled = options
+    rng = np.random.default_rng(size)
+    p = difficult_weights(rng, size)
     high, low = split_by_definition(p)
     m, v = np.zeros_like(p), np.zeros_like(p)
     split_m, split_v = np.zeros_like(p), np.zeros_like(p)
-    parameter = torch.nn.Parameter(torch.from_numpy(p.copy()))
-    options: dict[str, Any] = {"lr": lr, "betas": (beta1, beta2), "eps": eps, "weight_decay": weight_decay}
-    optimizer: torch.optim.Optimizer
-    if decoupled:
-        optimizer = torch.optim.AdamW([parameter], fused=True, **options)
-    else:
-        optimizer = torch.optim.Adam([parameter], fused=True, **options)
+    padded_size = -(-size // 64) * 64
+    parameter = torch.nn.Parameter(torch.zeros(padded_size))
+    parameter.data[:size] = torch.from_numpy(p)
+    parameter.grad = torch.zeros(padded_size)
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    optimizer: torch.optim.Optimizer = kind(
+        [parameter], lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True
+    )
 
-    for step in range(1, NUM_STEPS + 1):
-        gradient = difficult_gradient(rng)
-        parameter.grad = torch.from_numpy(gradient.copy())
+    for step in range(1, num_steps + 1):
+        gradient = difficult_gradient(rng, size)
+        parameter.grad[:size] = torch.from_numpy(gradient)
         optimizer.step()
         scalars = AdamWScalars.at_step(lr, beta1, beta2, eps, weight_decay, step, decoupled)
         assert adamw_float32(p, m, v, gradient, scalars) == 0
         assert adamw_split(high, low, split_m, split_v, gradient, scalars) == 0
-
+        if step % compared_every != 0:
+            continue
         state = optimizer.state[parameter]
         for ours, split, theirs in (
             (p, join_by_definition(high, low), parameter.detach()),
             (m, split_m, state["exp_avg"]),
             (v, split_v, state["exp_avg_sq"]),
         ):
-            np.testing.assert_array_equal(bits(ours), bits(theirs.numpy()))
-            np.testing.assert_array_equal(bits(split), bits(theirs.numpy()))
+            np.testing.assert_array_equal(bits(ours), bits(theirs[:size].numpy()))
+            np.testing.assert_array_equal(bits(split), bits(theirs[:size].numpy()))
+
+
+@needs_torch_with_fma
+@pytest.mark.usefixtures("_torch_threads")
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_step_has_the_bits_of_torch_fused(options: tuple[float, float, float, float, float, bool]) -> None:
+    assert_every_step_is_torchs(options, NUM_ELEMENTS, NUM_STEPS)
+
+
+@needs_torch_with_fma
+@pytest.mark.parametrize("size", [1, 7, 4096])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_two_hundred_steps_have_the_bits_of_torch_fused(
+    options: tuple[float, float, float, float, float, bool], size: int
+) -> None:
+    assert_every_step_is_torchs(options, size, 200)
+
+
+@needs_torch_with_fma
+def test_a_large_odd_size_has_the_bits_of_torch_fused() -> None:
+    assert_every_step_is_torchs((1e-3, 0.9, 0.999, 1e-8, 0.01, True), 1_000_003, 3)
+
+
+@pytest.mark.slow
+@needs_torch_with_fma
+@pytest.mark.parametrize("options", OPTIONS)
+def test_two_hundred_steps_of_a_large_odd_size_have_the_bits_of_torch_fused(
+    options: tuple[float, float, float, float, float, bool],
+) -> None:
+    assert_every_step_is_torchs(options, 1_000_003, 200, compared_every=20)
 
 
 @needs_torch_with_fma
@@ -271,7 +303,7 @@ def test_arrays_that_the_kernel_would_misread_are_refused() -> None:
     scalars = AdamWScalars.at_step(1e-3, 0.9, 0.999, 1e-8, 0.0, 1)
     floats = np.zeros(64, np.float32)
     halves = np.zeros(64, np.uint16)
-    with pytest.raises(ValueError, match="v has 63 elements beside arrays of 64"):
+    with pytest.raises(ValueError, match="v has 63 elements, but 64"):
         adamw_float32(floats, floats.copy(), np.zeros(63, np.float32), floats.copy(), scalars)
     with pytest.raises(ValueError, match="g is float64"):
         adamw_float32(floats, floats.copy(), floats.copy(), np.zeros(64), scalars)  # type: ignore[arg-type]
