@@ -352,6 +352,12 @@ def _open(
             resumed=resumed,
         )
         _load_generation_config(model, folder)
+        if plan.gpu_memory_bytes is not None:
+            # The promise: torch frees what it caches, or says that memory is used up, before it takes more.
+            total_bytes = torch.cuda.mem_get_info(torch.device(device))[1]
+            torch.cuda.set_per_process_memory_fraction(
+                min(1.0, plan.gpu_memory_bytes / total_bytes), torch.device(device)
+            )
     except BaseException:
         if runtime is not None:
             runtime.abandon()

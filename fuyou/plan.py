@@ -72,6 +72,8 @@ class Plan:
     blocks: tuple[BlockPlan, ...]
     reasons: dict[str, str]
     moment_dtype: str = "float32"
+    gpu_memory_bytes: int | None = None
+    """Limit of torch's allocator on the GPU; None: none, or no GPU."""
     max_clipped_share: float = 0.25
     """Early updates are made while at most this share of the last steps was clipped, which makes them anew."""
     overhead_bytes: int = 0
@@ -129,6 +131,7 @@ class Plan:
             f"gradients {format_bytes(self.gradient_pool_bytes)}, records {format_bytes(self.record_pool_bytes)}, "
             f"activations {format_bytes(self.activation_pool_bytes)}, left to Python and torch "
             f"{format_bytes(self.host_memory_bytes - self.pool_bytes)}",
+            *([] if self.gpu_memory_bytes is None else [f"  gpu memory     {format_bytes(self.gpu_memory_bytes)}"]),
             f"  kept in host   weights of {sum(b.weights_in_host for b in self.blocks)} and states of "
             f"{sum(b.states_in_host for b in self.blocks)} of {len(self.blocks)} blocks",
             f"  updates        of {num_early} blocks in the backward pass, of {num_trainable - num_early} on the way to their next "

@@ -57,6 +57,8 @@ class LeastMemory:
     gradients: int
     records: int
     activations: int
+    device: int
+    """On a GPU: weights and gradients of three blocks, one in compute, one on its way in or out, one between."""
 
     @property
     def pool_bytes(self) -> int:
@@ -84,11 +86,15 @@ def least_memory(shards: Sequence[ShardSize]) -> LeastMemory:
     # Gradients of borrowed weights stay open from the last block to the first.
     open_gradients = sum(gradients.get(name, 0) for name in tied)
     record = max((s.record_bytes + s.gradient_chunk_bytes for s in trainable), default=0)
+    weights = sorted((s.weight_bytes for s in shards), reverse=True)
+    untied = sorted((s.gradient_bytes for s in trainable if s.name not in tied), reverse=True)
+    tied_gradients = sum(s.gradient_bytes for s in trainable if s.name in tied)
     return LeastMemory(
         weights=max(pooled_bytes(s.weight_bytes) + pooled_bytes(s.borrowed_bytes) for s in shards),
         gradients=open_gradients + max((b for name, b in gradients.items() if name not in tied), default=0),
         records=LEAST_RECORD_BUFFERS * pooled_bytes(record),
         activations=MIN_ACTIVATION_BYTES,
+        device=sum(weights[:3]) + max(s.borrowed_bytes for s in shards) + tied_gradients + sum(untied[:3]),
     )
 
 
@@ -100,6 +106,7 @@ def make_plan(
     moment_dtype: str,
     host_memory_bytes: int,
     host_memory_reason: str,
+    gpu_memory_bytes: int | None,
     micro_batch_size: int | None,
     clipping: bool,
     num_cores: int,
@@ -123,6 +130,21 @@ def make_plan(
             f"{format_bytes(least.weights)}, gradients {format_bytes(least.gradients)}, records {format_bytes(least.records)}, "
             f"activations {format_bytes(least.activations)}, the rest for Python and torch). "
             f'Set host_memory="{least.host_memory_bytes // MEBIBYTE}MiB" or more'
+        )
+
+    if not device.startswith("cuda"):
+        gpu_memory_bytes = None
+        reasons["gpu_memory"] = "no GPU in use: blocks are computed in host memory, beside the pools"
+    elif gpu_memory_bytes is not None:
+        if gpu_memory_bytes < least.device:
+            raise PlanError(
+                f"gpu_memory = {format_bytes(gpu_memory_bytes)} is {format_bytes(least.device - gpu_memory_bytes)} short: weights "
+                f"and gradients of the blocks under way take {format_bytes(least.device)}, and the activations of the block in "
+                f'compute come on top. Set gpu_memory="{-(-least.device * 5 // 4 // MEBIBYTE)}MiB" or more'
+            )
+        reasons["gpu_memory"] = (
+            f"{format_bytes(least.device)} for weights and gradients of the blocks under way; the rest of "
+            f"{format_bytes(gpu_memory_bytes)} is for the activations of the block in compute"
         )
 
     def take(wanted: int) -> int:
@@ -220,6 +242,7 @@ def make_plan(
         micro_batch_size=micro_batch_size,
         durability="step",
         moment_dtype=moment_dtype,
+        gpu_memory_bytes=gpu_memory_bytes,
         prefetch_depth=prefetch_depth,
         num_update_workers=num_update_workers(device, num_cores),
         num_io_threads=4,

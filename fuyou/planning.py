@@ -17,6 +17,9 @@ from fuyou.plan import Plan
 from fuyou.planner import ShardSize, least_memory, make_plan, pooled_bytes
 from optim import DEFAULT_CHUNK_ELEMENTS, ShardLayout
 
+GPU_MEMORY_SHARE = 0.95
+"""Part of the GPU's memory free now that is taken when gpu_memory is not given: kernels and libraries take some beside."""
+
 HOST_MEMORY_SHARE = 0.7
 """Part of the memory available now that is taken when host_memory is not given."""
 
@@ -159,6 +162,7 @@ def plan_for(
         moment_dtype=config.moment_dtype,
         host_memory_bytes=host_bytes,
         host_memory_reason=reason,
+        gpu_memory_bytes=_gpu_memory_bytes(config, device),
         micro_batch_size=micro_batch_size,
         clipping=clipping,
         num_cores=num_cores(),
@@ -166,6 +170,15 @@ def plan_for(
         boundary_bytes=boundary_bytes,
         num_tokens=num_tokens,
     )
+
+
+def _gpu_memory_bytes(config: OffloadConfig, device: str) -> int | None:
+    """The limit as given, or by what is free now; None if it is not known (a plan for another machine)."""
+    if config.gpu_memory is not None:
+        return parse_bytes(config.gpu_memory, "gpu_memory")
+    if device.startswith("cuda") and torch.cuda.is_available():
+        return int(GPU_MEMORY_SHARE * torch.cuda.mem_get_info(torch.device(device))[0])
+    return None
 
 
 def choose_device(config: OffloadConfig) -> str:

@@ -55,7 +55,14 @@ def test_planning_makes_nothing(tmp_path: Path) -> None:
 
 def test_description_says_what_was_decided_and_why(tmp_path: Path) -> None:
     text = made(tmp_path).describe()
-    for part in ("5 blocks", "bfloat16 on cpu", "256 MiB", "begin in the backward pass", "durability     step", "because"):
+    for part in (
+        "5 blocks",
+        "bfloat16 on cpu",
+        "256 MiB",
+        "begin in the backward pass",
+        "durability     step",
+        "because",
+    ):
         assert part in text
     assert len(text.splitlines()) < 25
 

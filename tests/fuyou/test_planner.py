@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +76,7 @@ def plan(shards: list[ShardSize], host_mib: int, *, clipping: bool = True) -> Pl
         moment_dtype="float32",
         host_memory_bytes=host_mib * MIB,
         host_memory_reason="as given",
+        gpu_memory_bytes=None,
         micro_batch_size=None,
         clipping=clipping,
         num_cores=4,
@@ -107,6 +109,31 @@ def test_least_memory_of_tied_weights_by_hand() -> None:
     least = least_memory(TIED)
     assert least.gradients == (16 + 24) * MIB
     assert least.weights == 12 * MIB  # a layer; the epilogue with the embedding takes 2 + 8
+
+
+def test_gpu_memory_that_does_not_hold_three_blocks_is_refused() -> None:
+    """Weights 2 bytes of 6 Mi each, gradients 4; the tied embedding's gradient stays, the head reads its weights."""
+    assert least_memory(UNTIED).device == 3 * 12 * MIB + 3 * 24 * MIB
+    assert least_memory(TIED).device == 3 * 12 * MIB + 8 * MIB + 16 * MIB + 3 * 24 * MIB
+    options: dict[str, Any] = {
+        "device": "cuda",
+        "compute_dtype": "bfloat16",
+        "moment_dtype": "float32",
+        "host_memory_bytes": 512 * MIB,
+        "host_memory_reason": "as given",
+        "micro_batch_size": None,
+        "clipping": True,
+        "num_cores": 4,
+    }
+    with pytest.raises(fuyou.PlanError, match=r'gpu_memory = 107 MiB is 1 MiB short.*gpu_memory="135MiB"'):
+        make_plan(UNTIED, gpu_memory_bytes=107 * MIB, **options)
+    made = make_plan(UNTIED, gpu_memory_bytes=135 * MIB, **options)
+    assert made.gpu_memory_bytes == 135 * MIB
+    assert "135 MiB" in made.describe()
+    # Without a GPU it limits nothing, and the plan says so.
+    made = make_plan(UNTIED, gpu_memory_bytes=1, **(options | {"device": "cpu"}))
+    assert made.gpu_memory_bytes is None
+    assert "no GPU in use" in made.reasons["gpu_memory"]
 
 
 def test_large_budgets_leave_a_fixed_overhead() -> None:
@@ -178,6 +205,7 @@ def test_late_updates_where_the_forward_pass_leaves_the_drive_idle() -> None:
         "moment_dtype": "float32",
         "host_memory_bytes": 4096 * MIB,
         "host_memory_reason": "as given",
+        "gpu_memory_bytes": None,
         "micro_batch_size": None,
         "num_cores": 4,
         "hardware": fast,

@@ -106,22 +106,22 @@ def encode(m: Float32Array, v: Float32Array, moment_dtype: str, key: int, first:
         return [new_m, np.where((new_v == 0) & (v > 0), np.uint16(1), new_v)]
     m_codes, v_codes = np.empty(m.size, np.int8), np.empty(m.size, np.uint8)
     scales = np.zeros((2, -(-m.size // 256)), np.float32)
-    uniform_m, uniform_v = ((chance / 65536).astype(np.float32) for chance in (chance_m, chance_v))
+    below_one = np.float32(1 - 2.0**-22)
     for number in range(scales.shape[1]):
         part = slice(256 * number, 256 * (number + 1))
         largest, root = np.abs(m[part]).max(), np.sqrt(v[part])
-        x, y = np.zeros_like(root), np.zeros_like(root)
+        y, x = np.zeros_like(root), np.zeros_like(root)
         if largest > 0:
-            scales[0, number] = max(largest / np.float32(127), np.float32(2.0**-126))
-            y = m[part] * (np.float32(1) / scales[0, number])
+            scales[0, number] = max(largest / np.float32(127), np.float32(2.0**-110))
+            y = m[part] * (np.float32(65536) * below_one / scales[0, number])
         if root.max() > 0:
             scales[1, number] = max(root.max() / np.float32(255), np.float32(2.0**-63))
-            x = np.minimum(root * (np.float32(1) / scales[1, number]), np.float32(255))
-        x = np.where(x > 0, np.maximum(x, np.float32(1)), x)
-        m_codes[part] = np.minimum(np.floor(y + uniform_m[part]), 127)
-        code = np.floor(x)
-        up = x * x - code * code > uniform_v[part] * (2 * code + 1)
-        v_codes[part] = code + up
+            x = root * (below_one / scales[1, number])
+        m_codes[part] = np.floor((np.trunc(y).astype(np.float64) + chance_m[part]) / 65536)
+        code = np.trunc(x)
+        uniform = (chance_v[part] / 65536).astype(np.float32)
+        code += x * x - code * code > uniform * (2 * code + 1)
+        v_codes[part] = np.where(root > 0, np.maximum(code, 1), 0)
     return [m_codes, scales[0], v_codes, scales[1]]
 
 
