@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ from fuyou.errors import ConfigError
 from io_engine import probe_directory
 from optim.kernels import AdamWScalars, adamw_split
 
+Directories = Sequence[str | os.PathLike[str]] | str | os.PathLike[str]
+"""Of a store: one, or one for each drive."""
+
 
 @dataclasses.dataclass(frozen=True)
 class HardwareProfile:
-    """Rates of one machine and one store directory."""
+    """Rates of one machine and of the drives of one store together."""
 
     device: str
     num_cores: int
@@ -70,27 +74,26 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def measure_hardware(
-    directory: str | os.PathLike[str], device: str, compute_dtype: str = "bfloat16"
-) -> HardwareProfile:
-    """Measure compute, Adam and the drive under `directory` (or its nearest existing parent); blocks for seconds.
+def measure_hardware(directories: Directories, device: str, compute_dtype: str = "bfloat16") -> HardwareProfile:
+    """Measure compute, Adam and the drives under `directories` (or their nearest existing parents); blocks for seconds.
 
-    The result is kept for `cached_hardware`.
+    Several drives work side by side, so that their rates add up; directories of one file system count once. The result
+    is kept for `cached_hardware`.
     """
-    path = _existing(Path(directory))
-    drive = probe_directory(path, num_bytes=128 * 2**20)
+    paths = _drives(directories)
+    drives = [probe_directory(path, num_bytes=128 * 2**20) for path in paths]
     profile = HardwareProfile(
         device=device,
         num_cores=num_cores(),
         compute_flops_per_second=_measure_compute(device, compute_dtype),
         adam_parameters_per_second=_measure_adam(num_update_workers(device, num_cores())),
-        read_bytes_per_second=drive.read_bytes_per_second,
-        write_bytes_per_second=drive.write_bytes_per_second,
-        mixed_bytes_per_second=drive.mixed_bytes_per_second,
+        read_bytes_per_second=sum(drive.read_bytes_per_second for drive in drives),
+        write_bytes_per_second=sum(drive.write_bytes_per_second for drive in drives),
+        mixed_bytes_per_second=sum(drive.mixed_bytes_per_second for drive in drives),
         host_memory_bytes=available_host_bytes(),
-        io_reason=drive.reason,
+        io_reason="; ".join(dict.fromkeys(drive.reason for drive in drives)),
     )
-    cache = _cache_file(path, device, compute_dtype)
+    cache = _cache_file(paths, device, compute_dtype)
     # A cache that cannot be written costs a measurement the next time, nothing else.
     with contextlib.suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -100,25 +103,29 @@ def measure_hardware(
     return profile
 
 
-def cached_hardware(
-    directory: str | os.PathLike[str], device: str, compute_dtype: str = "bfloat16"
-) -> HardwareProfile | None:
-    """What `measure_hardware` last found for this directory's file system and device, or None."""
+def cached_hardware(directories: Directories, device: str, compute_dtype: str = "bfloat16") -> HardwareProfile | None:
+    """What `measure_hardware` last found for these directories' file systems and device, or None."""
     try:
-        data = json.loads(_cache_file(_existing(Path(directory)), device, compute_dtype).read_text())
+        data = json.loads(_cache_file(_drives(directories), device, compute_dtype).read_text())
         return HardwareProfile.from_json(data)
     except (OSError, ValueError):
         return None
 
 
-def _existing(path: Path) -> Path:
-    path = path.expanduser().absolute()
-    return next(p for p in (path, *path.parents) if p.is_dir())
+def _drives(directories: Directories) -> list[Path]:
+    """One existing directory of each file system, in the order of their device numbers."""
+    given = [directories] if isinstance(directories, str | os.PathLike) else directories
+    paths = [Path(directory).expanduser().absolute() for directory in given]
+    existing = [next(p for p in (path, *path.parents) if p.is_dir()) for path in paths]
+    return [path for _, path in sorted({path.stat().st_dev: path for path in existing}.items())]
 
 
-def _cache_file(path: Path, device: str, compute_dtype: str) -> Path:
+def _cache_file(drives: Sequence[Path], device: str, compute_dtype: str) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fuyou"
-    return root / f"hardware-{device.replace(':', '-')}-{compute_dtype}-{path.stat().st_dev:x}.json"
+    return (
+        root
+        / f"hardware-{device.replace(':', '-')}-{compute_dtype}-{'-'.join(f'{path.stat().st_dev:x}' for path in drives)}.json"
+    )
 
 
 def _measure_compute(device: str, compute_dtype: str) -> float:

@@ -31,7 +31,18 @@ from fuyou.plan import Plan
 from fuyou.planning import choose_device, plan_for, shard_layouts
 from fuyou.runtime import Runtime
 from fuyou.trace import Trace
-from io_engine import BufferPool, Engine, ExtentSpec, PosixEngine, Store, StoreError, StoreSnapshot
+from io_engine import (
+    BufferPool,
+    Engine,
+    ExtentSpec,
+    PosixEngine,
+    Store,
+    StoreError,
+    StoreSnapshot,
+    choose_engine,
+    probe_directory,
+)
+from io_engine.directories import make_directory
 from optim import OffloadedAdamW, ShardLayout
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -207,7 +218,7 @@ def plan_model(
         micro_batch_size=offload.micro_batch_size,
         hardware=hardware
         if hardware is not None
-        else cached_hardware(offload.store_directories[0], device, offload.compute_dtype),
+        else cached_hardware(offload.store_directories, device, offload.compute_dtype),
         boundary_bytes=len(blocks.layers) * batch_size * sequence_length * hidden * itemsize,
         num_tokens=batch_size * sequence_length,
     )
@@ -288,21 +299,29 @@ def _open(
         "moment_dtype": offload.moment_dtype,
     }
     directories = offload.store_directories
-    engine = PosixEngine(num_threads=plan.num_io_threads)
+    exists = Store.exists(directories)
+    found = Store.peek(directories) if exists else None
+    _check_resume(offload, found, directories[0])
+    if found is not None:
+        _check_identity(found, identity, type(model).__name__, directories[0])
+    if not exists:
+        check()  # a checkpoint that cannot be read makes no store
+        for directory in directories:  # what is measured must be there
+            make_directory(str(directory))
+    choice = choose_engine(offload.io, directories, num_threads=plan.num_io_threads)
+    engine = choice.engine
     store: Store | None = None
     runtime: Runtime | None = None
     try:
-        exists = Store.exists(directories)
-        found = Store.peek(directories) if exists else None
-        _check_resume(offload, found, directories[0])
-        if found is not None:
-            _check_identity(found, identity, type(model).__name__, directories[0])
-        if not exists:
-            check()  # a checkpoint that cannot be read makes no store
         store = (
             Store.open(directories, engine=engine)
             if exists
-            else Store.create(directories, identity=identity, engine=engine)
+            else Store.create(
+                directories,
+                identity=identity,
+                engine=engine,
+                directory_bytes_per_second=_rates(directories, engine),
+            )
         )
         names = set(store.names())
         wanted = [layout for layout in layouts.values() if layout.weight_name not in names]
@@ -333,8 +352,10 @@ def _open(
             resumed = f"resumed at step {store.step} from {directories[0]}"
             if folder is not None and any(True for _ in model.buffers()):
                 _load_buffers(model, folder)
-        for note in getattr(store, "notes", ()):
+        for note in store.notes:
             resumed += f"; {note}"
+        if offload.io != "posix":
+            resumed += f"; {choice.reason}"
         if device == "cpu" and torch.get_num_threads() != numerics["num_threads"]:
             resumed += f"; compute threads set to the run's {numerics['num_threads']}"
         runtime = Runtime(
@@ -366,6 +387,13 @@ def _open(
         engine.close()
         raise
     return model
+
+
+def _rates(directories: Sequence[Path], engine: Engine) -> list[float] | None:
+    """By what several drives are given shares of every large extent: reading and writing at once, measured now."""
+    if len(directories) == 1:
+        return None
+    return [probe_directory(directory, engine=engine).mixed_bytes_per_second for directory in directories]
 
 
 def _freeze(model: nn.Module, patterns: Sequence[str] | None) -> None:

@@ -114,12 +114,12 @@ def _measure_once(offload: Any, reporter: Reporter) -> None:
     from fuyou.hardware import cached_hardware, measure_hardware
     from fuyou.planning import choose_device
 
-    device, directory = choose_device(offload), offload.store_directories[0]
+    device, drives = choose_device(offload), offload.store_directories
     # What is wrong with the directory is said by what needs it: the store.
     with contextlib.suppress(OSError):
-        if cached_hardware(directory, device, offload.compute_dtype) is None:
+        if cached_hardware(drives, device, offload.compute_dtype) is None:
             reporter.note("measuring this machine and its drive once")
-            measure_hardware(directory, device, offload.compute_dtype)
+            measure_hardware(drives, device, offload.compute_dtype)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from io_engine.buffers import Buffer, BufferPool, ByteArray
 from io_engine.checksums import checksum, combine_checksums, piece_digest
+from io_engine.choice import EngineChoice, choose_engine
 from io_engine.engine import Engine, Kind, Transfer
 from io_engine.errors import BudgetError, EngineError, StoreCorruptError, StoreError, StoreLockedError
 from io_engine.extents import ALIGNMENT_BYTES, Extent, round_up
+from io_engine.kvikio_engine import KvikioEngine
 from io_engine.layout import ExtentSpec
 from io_engine.mock_engine import MockEngine
 from io_engine.posix_engine import PosixEngine
@@ -24,10 +26,12 @@ __all__ = [
     "ByteArray",
     "DirectoryProbe",
     "Engine",
+    "EngineChoice",
     "EngineError",
     "Extent",
     "ExtentSpec",
     "Kind",
+    "KvikioEngine",
     "MockEngine",
     "PosixEngine",
     "Store",
@@ -37,6 +41,7 @@ __all__ = [
     "StoreSnapshot",
     "Transfer",
     "checksum",
+    "choose_engine",
     "combine_checksums",
     "piece_digest",
     "probe_directory",

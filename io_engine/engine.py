@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Literal, Protocol, TypeVar
@@ -21,6 +22,11 @@ from io_engine.extents import ALIGNMENT_BYTES, Extent
 Kind = Literal["read", "write"]
 
 _logger = logging.getLogger("io_engine")
+
+PATIENCE_SECONDS = 30.0
+SLOWEST_BYTES_PER_SECOND = 20e6
+"""A transfer that takes longer than its bytes at this rate and `PATIENCE_SECONDS` is reported: no drive that works,
+not even a busy one, is that slow."""
 
 
 class Transfer:
@@ -37,8 +43,11 @@ class Transfer:
         """When the first byte was asked of the drive; the time of submission until then."""
         self.ended_seconds = submitted_seconds
         """When the last byte had arrived; the time of submission until then."""
+        self.unfinished: list[Extent] = list(extent.segments)
+        """Its ranges that are not moved yet, where the engine knows; for reports."""
         self._error: BaseException | None = None
         self._is_done = threading.Event()
+        self._is_reported = False
         self._lock = threading.Lock()
         self._callbacks: list[Callable[[Transfer], object]] = []
 
@@ -60,12 +69,46 @@ class Transfer:
         """Block until done; the array then belongs to the caller again. May be called any number of times.
 
         Raises the real OSError of a failed transfer (the array's content is then undefined), TimeoutError
-        when it is still under way after `timeout_seconds` (the array still belongs to the transfer).
+        when it is still under way after `timeout_seconds` (the array still belongs to the transfer). What takes
+        far longer than a working drive needs is logged as a warning, once, with path and offset.
         """
-        if not self._is_done.wait(timeout_seconds):
+        if not self._wait_and_watch(timeout_seconds):
             raise self._timeout_error(timeout_seconds)
         if self._error is not None:
             raise self._error.with_traceback(None)
+
+    def _wait_and_watch(self, timeout_seconds: float | None) -> bool:
+        patience_seconds = PATIENCE_SECONDS + self.num_bytes / SLOWEST_BYTES_PER_SECOND
+        deadline_seconds = float("inf") if timeout_seconds is None else time.perf_counter() + timeout_seconds
+        while not self._is_done.is_set():
+            report_seconds = float("inf") if self._is_reported else self.started_seconds + patience_seconds
+            now_seconds = time.perf_counter()
+            if now_seconds >= report_seconds:
+                self._report(now_seconds)
+                continue
+            next_seconds = min(report_seconds, deadline_seconds)
+            if now_seconds >= deadline_seconds:
+                return False
+            self._is_done.wait(None if next_seconds == float("inf") else next_seconds - now_seconds)
+        return True
+
+    def _report(self, now_seconds: float) -> None:
+        with self._lock:
+            if self._is_reported:
+                return
+            self._is_reported = True
+        unfinished = list(self.unfinished)
+        if unfinished:  # else it has just ended
+            _logger.warning(
+                "the %s of %d bytes at offset %d of %s is not done after %.0f s (%d of the transfer's parts are left); "
+                "the drive or its file system hangs or is overloaded, see the kernel's log; waiting on",
+                self.kind,
+                unfinished[0].num_bytes,
+                unfinished[0].offset_bytes,
+                unfinished[0].path,
+                now_seconds - self.submitted_seconds,
+                len(unfinished),
+            )
 
     def _timeout_error(self, timeout_seconds: float | None) -> TimeoutError:
         return TimeoutError(

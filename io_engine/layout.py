@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 
 from io_engine.durable import Json
 from io_engine.extents import ALIGNMENT_BYTES, Extent, round_up
+from io_engine.striping import BIG_BYTES, Piece, Striper
 
-BIG_EXTENT_BYTES = 2 << 20
-"""Extents of at least this size start at multiples of it, so that big requests are not split at odd places.
-"""
+LAYOUT_VERSION = 2
+"""Version 1 had slots in one piece: `[file, offset]`."""
 
-FORMAT_VERSION = 1
+Slot = tuple[tuple[int, int, int], ...]
+"""The ranges of a slot in their order, each (index of the file, offset, number of bytes)."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,11 @@ class DataFile:
 
 @dataclass(frozen=True)
 class PlacedExtent:
-    """An extent's sizes and its slots, each (index of the file, offset in bytes)."""
+    """An extent's sizes, and where its slots lie."""
 
     num_bytes: int
     piece_bytes: int
-    slots: tuple[tuple[int, int], ...]
+    slots: tuple[Slot, ...]
 
     @property
     def disk_bytes(self) -> int:
@@ -72,13 +73,15 @@ class Layout:
     generation: int = 0
     files: tuple[DataFile, ...] = ()
     extents: Mapping[str, PlacedExtent] = field(default_factory=dict)
+    bytes_per_second: tuple[float, ...] | None = None
+    """Of each directory, by which the last allocation was spread; None: alike."""
     description: Mapping[str, Json] = field(default_factory=dict)
 
     def to_json(self, store_uuid: str) -> Json:
         """Return the body of layout-<n>.json."""
         return {
             "format": "fuyou-store-layout",
-            "version": FORMAT_VERSION,
+            "version": LAYOUT_VERSION,
             "uuid": store_uuid,
             "generation": self.generation,
             "files": [
@@ -88,27 +91,23 @@ class Layout:
                 name: {
                     "num_bytes": extent.num_bytes,
                     "piece_bytes": extent.piece_bytes,
-                    "slots": list(extent.slots),
+                    "slots": [[list(part) for part in slot] for slot in extent.slots],
                 }
                 for name, extent in self.extents.items()
             },
+            "bytes_per_second": None if self.bytes_per_second is None else list(self.bytes_per_second),
             "description": dict(self.description),
         }
 
     @classmethod
     def from_json(cls, body: Json) -> Layout:
-        """Return the layout that `to_json` described."""
+        """Return the layout that a body of version 1 or 2 describes."""
+        rates = body.get("bytes_per_second")
         return cls(
             generation=body["generation"],
             files=tuple(DataFile(file["name"], file["directory"], file["num_bytes"]) for file in body["files"]),
-            extents={
-                name: PlacedExtent(
-                    extent["num_bytes"],
-                    extent["piece_bytes"],
-                    tuple((index, offset) for index, offset in extent["slots"]),
-                )
-                for name, extent in body["extents"].items()
-            },
+            extents={name: _placed_from_json(extent, body["version"]) for name, extent in body["extents"].items()},
+            bytes_per_second=None if rates is None else tuple(rates),
             description=body["description"],
         )
 
@@ -119,23 +118,34 @@ class Layout:
 
     def extent(self, name: str, slot: int, directories: Sequence[str]) -> Extent:
         """Return where a slot of an extent lies."""
-        placed = self.extents[name]
-        file_index, offset_bytes = placed.slots[slot]
-        return Extent(self.path(file_index, directories), offset_bytes, placed.disk_bytes)
+        return Extent.join(
+            Extent(self.path(file_index, directories), offset_bytes, num_bytes)
+            for file_index, offset_bytes, num_bytes in self.extents[name].slots[slot]
+        )
+
+
+def _placed_from_json(body: Json, version: int) -> PlacedExtent:
+    num_bytes, slots = body["num_bytes"], body["slots"]
+    if version == 1:
+        slots = [
+            [[file_index, offset_bytes, round_up(num_bytes, ALIGNMENT_BYTES)]] for file_index, offset_bytes in slots
+        ]
+    return PlacedExtent(num_bytes, body["piece_bytes"], tuple(tuple((i, o, n) for i, o, n in slot) for slot in slots))
 
 
 def extend_layout(
     old: Layout,
     specs: Iterable[ExtentSpec],
     second_slots_for: Iterable[str],
-    num_directories: int,
+    striper: Striper,
     generation: int,
     description: Mapping[str, Json] | None,
+    bytes_per_second: tuple[float, ...] | None = None,
 ) -> Layout:
     """Return `old` with new extents and second slots in new files, one per directory that gets any.
 
-    Each slot goes to the directory with the fewest bytes of this store so far. Big ones come first in a file:
-    small ones between them would cost up to 2 MiB of gap each.
+    `striper` says where, beginning with empty files. Big ones come first in a file: small ones between them would
+    cost up to 2 MiB of gap each.
     """
     extents = dict(old.extents)
     wanted: list[tuple[str, int]] = []  # a name once per slot to place
@@ -144,28 +154,26 @@ def extend_layout(
     for spec in specs:
         extents[spec.name] = PlacedExtent(spec.num_bytes, spec.piece_bytes, ())
         wanted.extend([(spec.name, extents[spec.name].disk_bytes)] * spec.num_slots)
-    filled_bytes = [sum(file.num_bytes for file in old.files if file.directory == i) for i in range(num_directories)]
-    end_bytes = [0] * num_directories
-    placed: dict[str, list[tuple[int, int]]] = {}  # name -> (directory, offset)
-    for name, num_bytes in sorted(wanted, key=lambda item: item[1] < BIG_EXTENT_BYTES):
-        directory = min(range(num_directories), key=lambda i: filled_bytes[i] + end_bytes[i])
-        alignment_bytes = BIG_EXTENT_BYTES if num_bytes >= BIG_EXTENT_BYTES else ALIGNMENT_BYTES
-        offset_bytes = round_up(end_bytes[directory], alignment_bytes)
-        placed.setdefault(name, []).append((directory, offset_bytes))
-        end_bytes[directory] = offset_bytes + num_bytes
+    placed: dict[str, list[tuple[Piece, ...]]] = {}
+    for name, num_bytes in sorted(wanted, key=lambda item: item[1] < BIG_BYTES):
+        placed.setdefault(name, []).append(striper.place(num_bytes))
     files = list(old.files)
     file_index_of: dict[int, int] = {}
-    for directory, num_bytes in enumerate(end_bytes):
+    for directory, num_bytes in enumerate(striper.end_bytes):
         if num_bytes:
             file_index_of[directory] = len(files)
             files.append(DataFile(f"extents-{generation}.bin", directory, num_bytes))
     for name, places in placed.items():
-        slots = tuple((file_index_of[directory], offset) for directory, offset in places)
+        slots = tuple(
+            tuple((file_index_of[piece.directory], piece.offset_bytes, piece.num_bytes) for piece in pieces)
+            for pieces in places
+        )
         before = extents[name]
         extents[name] = PlacedExtent(before.num_bytes, before.piece_bytes, before.slots + slots)
     return Layout(
         generation,
         tuple(files),
         extents,
+        bytes_per_second,
         old.description if description is None else dict(description),
     )

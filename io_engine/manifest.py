@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from io_engine.checksums import WHOLE_PREFIX
 from io_engine.durable import Json, decode_checked, encode_checked, read_bytes
 from io_engine.errors import StoreCorruptError, StoreError
-from io_engine.layout import FORMAT_VERSION, Layout
+from io_engine.layout import LAYOUT_VERSION, Layout
 
 MANIFEST_NAME = "manifest.json"
 PREVIOUS_NAME = "manifest.previous.json"
@@ -23,6 +23,9 @@ NUMBERED_FILE = re.compile(r"(extents|scratch)-(\d+)\.bin|(layout)-(\d+)\.json")
 
 TEMPORARY_FILE = re.compile(r"(manifest|manifest\.previous|store-id|layout-\d+)\.json\.tmp")
 """What a crash may leave of the small files."""
+
+FORMAT_VERSION = 1
+"""Of the manifest and the identities."""
 
 NOTHING_COMMITTED = -1
 """The step of a store in which nothing was committed yet."""
@@ -109,13 +112,14 @@ class StoreId:
         )
 
 
-def check_format(body: Json, wanted_format: str, path: str) -> None:
+def check_format(body: Json, wanted_format: str, path: str, newest_version: int = FORMAT_VERSION) -> None:
     """Raise StoreError unless a file's body is of the wanted format, in a version that this code reads."""
     if not isinstance(body, dict) or body.get("format") != wanted_format:
         raise StoreError(f"{path} is not a file of format {wanted_format!r}; give the directory of a store")
-    if body.get("version") != FORMAT_VERSION:
+    if body.get("version") not in range(1, newest_version + 1):
+        known = "version 1" if newest_version == 1 else f"versions 1 to {newest_version}"
         raise StoreError(
-            f"{path} has format version {body.get('version')}, this program reads version {FORMAT_VERSION}; "
+            f"{path} has format version {body.get('version')}, this program reads {known}; "
             "use the version of the program that made it"
         )
 
@@ -141,7 +145,7 @@ def read_committed(directory: str, manifest_name: str, uuid: str) -> Committed:
             f"{layout_path} is missing, but {path} refers to it; restore it from a backup"
         ) from None
     body = decode_checked(layout_bytes, layout_path)
-    check_format(body, "fuyou-store-layout", layout_path)
+    check_format(body, "fuyou-store-layout", layout_path, LAYOUT_VERSION)
     if stored_checksum(layout_bytes) != manifest.layout_checksum:
         raise StoreCorruptError(
             f"{layout_path} is not the file that {path} refers to (checksum {manifest.layout_checksum}); "

@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal
@@ -43,7 +43,8 @@ class _MockTransfer(Transfer):
     def __init__(self, engine: MockEngine, kind: Kind, extent: Extent, array: ByteArray, now_seconds: float) -> None:
         super().__init__(kind, extent, array, now_seconds)
         self._engine = engine
-        self.fault: _Fault | None = None
+        self.is_started = False
+        self.failure: OSError | None = None
 
     def wait(self, timeout_seconds: float | None = None) -> None:
         limit_seconds = None if timeout_seconds is None else self._engine.now_seconds + timeout_seconds
@@ -52,25 +53,35 @@ class _MockTransfer(Transfer):
         super().wait()
 
 
+@dataclass
+class _Part:
+    """What one drive does of a transfer: a range in one piece, and its bytes."""
+
+    transfer: _MockTransfer
+    extent: Extent
+    array: ByteArray
+    fault: _Fault | None
+
+
 class _Lane:
-    """The drive's work on one kind: one transfer at a time."""
+    """A drive's work on one kind: one part of a transfer at a time."""
 
     def __init__(self, bytes_per_second: float) -> None:
         self.bytes_per_second = bytes_per_second
-        self.waiting: list[_MockTransfer] = []
-        self.current: _MockTransfer | None = None
+        self.waiting: list[_Part] = []
+        self.current: _Part | None = None
         self.current_end_seconds = 0.0
         self.free_at_seconds = 0.0
-        self.counters = TransferCounters()
 
 
 class MockEngine:
-    """`Engine` in virtual time; reads and writes are two lanes that work side by side, each one transfer at a
-    time.
+    """`Engine` in virtual time; each directory is a drive, whose reads and writes are two lanes that work side by
+    side, each one transfer (of a striped extent: one part) at a time.
 
-    A transfer takes `latency_seconds` + its bytes / its lane's rate, and completes in `advance`, `run_until`
-    or `wait`, in the thread that calls these. `order` picks the next of a lane's waiting transfers: "fifo",
-    "lifo", or a function from the list of them to an index. `files` maps paths to their bytes. Thread safe.
+    That takes `latency_seconds` + its bytes / the lane's rate, and completes in `advance`, `run_until` or
+    `wait`, in the thread that calls these. `directory_bytes_per_second` has the rates, both ways, of directories
+    that differ from the others. `order` picks the next of a lane's waiting transfers: "fifo", "lifo", or a function
+    from the list of them to an index. `files` maps paths to their bytes. Thread safe.
     """
 
     def __init__(
@@ -80,6 +91,7 @@ class MockEngine:
         write_bytes_per_second: float = 1e9,
         latency_seconds: float = 1e-4,
         order: Order = "fifo",
+        directory_bytes_per_second: Mapping[str, float] | None = None,
     ) -> None:
         self.files: dict[str, bytearray] = {}
         self.transfers: list[str] = []
@@ -89,10 +101,10 @@ class MockEngine:
         self._durable: dict[str, bytes] = {}
         self._latency_seconds = latency_seconds
         self._order: Order = order
-        self._lanes: dict[Kind, _Lane] = {
-            "read": _Lane(read_bytes_per_second),
-            "write": _Lane(write_bytes_per_second),
-        }
+        self._bytes_per_second: dict[Kind, float] = {"read": read_bytes_per_second, "write": write_bytes_per_second}
+        self._directory_bytes_per_second = dict(directory_bytes_per_second or {})
+        self._lanes: dict[tuple[str, Kind], _Lane] = {}
+        self._counters: dict[Kind, TransferCounters] = {"read": TransferCounters(), "write": TransferCounters()}
         self._faults: list[_Fault] = []
         self._now_seconds = 0.0
         self._lock = threading.RLock()
@@ -111,26 +123,26 @@ class MockEngine:
     @property
     def bytes_read(self) -> int:
         """Bytes of completed reads."""
-        return self._lanes["read"].counters.num_bytes
+        return self._counters["read"].num_bytes
 
     @property
     def bytes_written(self) -> int:
         """Bytes of completed writes."""
-        return self._lanes["write"].counters.num_bytes
+        return self._counters["write"].num_bytes
 
     @property
     def read_seconds(self) -> float:
         """Virtual time during which at least one read was under way."""
-        return self._lanes["read"].counters.seconds(self._now_seconds)
+        return self._counters["read"].seconds(self._now_seconds)
 
     @property
     def write_seconds(self) -> float:
         """Virtual time during which at least one write was under way."""
-        return self._lanes["write"].counters.seconds(self._now_seconds)
+        return self._counters["write"].seconds(self._now_seconds)
 
     @property
     def num_under_way(self) -> int:
-        """How many transfers have not completed."""
+        """How many transfers, of striped extents their parts, have not completed."""
         with self._lock:
             return sum(len(lane.waiting) + (lane.current is not None) for lane in self._lanes.values())
 
@@ -143,7 +155,7 @@ class MockEngine:
         num_to_skip: int = 0,
     ) -> None:
         """Make the next transfer of `kind` submitted for a matching path fail with `error`'s errno, nothing
-        moved.
+        moved (of a striped extent: nothing of the first part that matches).
         """
         with self._lock:
             self._faults.append(_Fault(kind, path_contains, error, 0, num_to_skip))
@@ -175,11 +187,21 @@ class MockEngine:
             if kind == "read":
                 array.fill(POISON_BYTE)
             transfer = _MockTransfer(self, kind, extent, array, self._now_seconds)
-            transfer.fault = self._take_fault(kind, extent.path)
-            lane = self._lanes[kind]
-            lane.counters.begin(self._now_seconds)
-            lane.waiting.append(transfer)
+            self._counters[kind].begin(self._now_seconds)
+            begin_bytes = 0
+            for segment in extent.segments:
+                part = array[begin_bytes : begin_bytes + segment.num_bytes]
+                begin_bytes += segment.num_bytes
+                fault = self._take_fault(kind, segment.path)
+                self._lane(segment.path, kind).waiting.append(_Part(transfer, segment, part, fault))
         return transfer
+
+    def _lane(self, path: str, kind: Kind) -> _Lane:
+        directory = os.path.dirname(path)
+        if (directory, kind) not in self._lanes:
+            rate = self._directory_bytes_per_second.get(directory, self._bytes_per_second[kind])
+            self._lanes[directory, kind] = _Lane(rate)
+        return self._lanes[directory, kind]
 
     def _check_open(self) -> None:
         if self._closed:
@@ -223,53 +245,60 @@ class MockEngine:
             if self._complete_next(limit_seconds):
                 continue
             with self._lock:
-                lane = self._lanes[transfer.kind]
-                if transfer is lane.current or transfer in lane.waiting:
+                if transfer.unfinished:
                     if limit_seconds is not None:
                         self._now_seconds = max(self._now_seconds, limit_seconds)
                         return False
                     continue  # it was started by another thread since; go on
-            # Neither waiting nor current: another thread is completing it at this moment.
+            # All its parts are done: another thread is completing it at this moment.
             transfer._is_done.wait()
         return True
 
     def _complete_next(self, limit_seconds: float | None) -> bool:
-        """Complete the transfer that ends next, if not after the limit; return whether there was one."""
+        """Complete the part of a transfer that ends next, if not after the limit; return whether there was one."""
         with self._lock:
             for lane in self._lanes.values():
                 self._start_next(lane)
-            busy = [lane for lane in self._lanes.values() if lane.current is not None]
+            busy = [(lane.current_end_seconds, kind, lane) for (_, kind), lane in self._lanes.items() if lane.current]
             if not busy:
                 return False
-            lane = min(busy, key=lambda lane: lane.current_end_seconds)
-            if limit_seconds is not None and lane.current_end_seconds > limit_seconds:
+            # Of those that end at the same moment reads come first.
+            end_seconds, _, lane = min(busy, key=lambda item: item[:2])
+            if limit_seconds is not None and end_seconds > limit_seconds:
                 return False
-            transfer = lane.current
-            assert transfer is not None
-            self._now_seconds = max(self._now_seconds, lane.current_end_seconds)
-            lane.current, lane.free_at_seconds = None, lane.current_end_seconds
-            error = self._move(transfer)
-            lane.counters.end(self._now_seconds, 0 if error else transfer.num_bytes)
+            part = lane.current
+            assert part is not None
+            transfer = part.transfer
+            self._now_seconds = max(self._now_seconds, end_seconds)
+            lane.current, lane.free_at_seconds = None, end_seconds
+            error = self._move(part)
+            transfer.failure = transfer.failure or error
+            transfer.unfinished.remove(part.extent)
+            if transfer.unfinished:
+                return True
+            self._counters[transfer.kind].end(self._now_seconds, 0 if transfer.failure else transfer.num_bytes)
             ended_seconds = self._now_seconds
         # Outside of the lock: callbacks may take locks of their own, whose holders may be waiting for ours.
-        transfer.mark_done(error, ended_seconds)
+        transfer.mark_done(transfer.failure, ended_seconds)
         return True
 
     def _start_next(self, lane: _Lane) -> None:
         if lane.current is not None or not lane.waiting:
             return
         if callable(self._order):
-            index = self._order(tuple(lane.waiting))
+            index = self._order(tuple(part.transfer for part in lane.waiting))
         else:
             index = 0 if self._order == "fifo" else -1
-        transfer = lane.current = lane.waiting.pop(index)
-        start_seconds = max(lane.free_at_seconds, transfer.submitted_seconds)
-        transfer.mark_started(start_seconds)
-        lane.current_end_seconds = start_seconds + self._latency_seconds + transfer.num_bytes / lane.bytes_per_second
+        part = lane.current = lane.waiting.pop(index)
+        start_seconds = max(lane.free_at_seconds, part.transfer.submitted_seconds)
+        transfer = part.transfer
+        transfer.mark_started(min(start_seconds, transfer.started_seconds) if transfer.is_started else start_seconds)
+        transfer.is_started = True
+        lane.current_end_seconds = start_seconds + self._latency_seconds + part.extent.num_bytes / lane.bytes_per_second
 
-    def _move(self, transfer: _MockTransfer) -> OSError | None:
+    def _move(self, part: _Part) -> OSError | None:
         """Move the bytes; return the error if the transfer is to fail."""
-        extent, kind, fault = transfer.extent, transfer.kind, transfer.fault
+        extent, kind, fault = part.extent, part.transfer.kind, part.fault
         begin, wanted_bytes = extent.offset_bytes, extent.num_bytes
         detail = ""
         if fault is not None and fault.error is not None:
@@ -280,14 +309,14 @@ class MockEngine:
             data = self.files.get(extent.path)
             if data is None:
                 return io_error(errno.ENOENT, kind, extent.path, begin, extent.num_bytes)
-            part = data[begin : begin + wanted_bytes]
-            transfer.array.data[: len(part)] = part
-            if len(part) < wanted_bytes:
-                detail = f"short read: only {len(part)} bytes, the file ends at {len(data)}"
+            found = data[begin : begin + wanted_bytes]
+            part.array.data[: len(found)] = found
+            if len(found) < wanted_bytes:
+                detail = f"short read: only {len(found)} bytes, the file ends at {len(data)}"
         else:
             data = self.files.setdefault(extent.path, bytearray())
             data.extend(bytes(max(0, begin + wanted_bytes - len(data))))
-            data[begin : begin + wanted_bytes] = transfer.array[:wanted_bytes].tobytes()
+            data[begin : begin + wanted_bytes] = part.array[:wanted_bytes].tobytes()
         if detail:
             return io_error(errno.EIO, kind, extent.path, begin, extent.num_bytes, detail)
         self.transfers.append(f"{kind} {extent.path} {begin} {extent.num_bytes}")

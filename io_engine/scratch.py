@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from io_engine.engine import Engine
 from io_engine.extents import ALIGNMENT_BYTES, Extent, round_up
-from io_engine.layout import BIG_EXTENT_BYTES
-from io_engine.space import check_space
+from io_engine.space import check_space, rooms
+from io_engine.striping import Striper
 
 
 class ScratchSpace:
@@ -17,7 +17,9 @@ class ScratchSpace:
     `close`.
     """
 
-    def __init__(self, directories: Sequence[str], engine: Engine) -> None:
+    def __init__(self, directories: Sequence[str], bytes_per_second: Sequence[float], engine: Engine) -> None:
+        self._directories = directories
+        self._bytes_per_second = bytes_per_second
         self._paths = [os.path.join(directory, f"scratch-{i}.bin") for i, directory in enumerate(directories)]
         self._engine = engine
         self._end_bytes = [0] * len(directories)
@@ -48,18 +50,21 @@ class ScratchSpace:
         return new
 
     def _grow(self, size_bytes: int) -> Extent:
-        index = min(range(len(self._paths)), key=lambda i: self._end_bytes[i])
-        path = self._paths[index]
-        alignment_bytes = BIG_EXTENT_BYTES if size_bytes >= BIG_EXTENT_BYTES else ALIGNMENT_BYTES
-        begin_bytes = round_up(self._end_bytes[index], alignment_bytes)
-        added_bytes = begin_bytes + size_bytes - self._end_bytes[index]
-        check_space({os.path.dirname(path): added_bytes}, "more scratch space")
-        if path not in self._made:
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
-            self._made.add(path)
-        self._engine.preallocate(path, begin_bytes + size_bytes)
-        self._end_bytes[index] = begin_bytes + size_bytes
-        return Extent(path, begin_bytes, size_bytes)
+        striper = Striper(self._bytes_per_second, rooms(self._directories), end_bytes=self._end_bytes)
+        pieces = striper.place(size_bytes)
+        grown = sorted({piece.directory for piece in pieces})
+        added_bytes = {self._directories[i]: striper.end_bytes[i] - self._end_bytes[i] for i in grown}
+        check_space(added_bytes, "more scratch space")
+        for i in grown:
+            path = self._paths[i]
+            if path not in self._made:
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+                self._made.add(path)
+            self._engine.preallocate(path, striper.end_bytes[i])
+        self._end_bytes = striper.end_bytes
+        return Extent.join(
+            Extent(self._paths[piece.directory], piece.offset_bytes, piece.num_bytes) for piece in pieces
+        )
 
     def release(self, name: str) -> None:
         """Let other names have the place of this one; KeyError if there is no such name."""

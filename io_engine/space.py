@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 RESERVE_PERCENT = 1
 """Asked for beyond what is needed: metadata of the file system, and the small files of the commits to come.
@@ -15,6 +16,25 @@ def free_bytes(directory: str) -> int:
     """Return how many bytes an ordinary user can still write to the directory's file system."""
     status = os.statvfs(directory)
     return status.f_bavail * status.f_frsize
+
+
+@dataclass
+class Room:
+    """What still fits on a file system; directories on the same one share the object."""
+
+    num_bytes: int
+
+
+def rooms(directories: Sequence[str]) -> list[Room]:
+    """Return what fits on the file system of each directory, the reserve left out."""
+    of_device: dict[int, Room] = {}
+    found: list[Room] = []
+    for directory in directories:
+        device = os.stat(directory).st_dev
+        if device not in of_device:
+            of_device[device] = Room(free_bytes(directory) * 100 // (100 + RESERVE_PERCENT))
+        found.append(of_device[device])
+    return found
 
 
 def check_space(needed_bytes: Mapping[str, int], what: str) -> None:

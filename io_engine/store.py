@@ -50,7 +50,8 @@ from io_engine.manifest import (
     stored_checksum,
 )
 from io_engine.scratch import ScratchSpace
-from io_engine.space import check_space, total_free_bytes
+from io_engine.space import check_space, rooms, total_free_bytes
+from io_engine.striping import Striper, check_rates
 from io_engine.verify import CHUNK_BYTES, checksum_on_disk, write_zeros
 
 Directories = Sequence[str | Path] | str | Path
@@ -87,12 +88,14 @@ class Store:
         lock: StoreLock,
         committed: Committed,
         notes: Iterable[str],
+        bytes_per_second: tuple[float, ...] | None,
     ) -> None:
         self._directories = directories
         self._engine = engine
         self._lock_file = lock
         self._committed = committed
-        self._scratch = ScratchSpace(directories, engine)
+        self._bytes_per_second = bytes_per_second or committed.layout.bytes_per_second
+        self._scratch = ScratchSpace(directories, self._rates(), engine)
         self._process_id = os.getpid()
         self._mutex = threading.RLock()
         self._closed = False
@@ -112,12 +115,22 @@ class Store:
         return has_manifest(absolute_directories(directories)[0])
 
     @classmethod
-    def create(cls, directories: Directories, *, identity: Mapping[str, Json], engine: Engine) -> Store:
+    def create(
+        cls,
+        directories: Directories,
+        *,
+        identity: Mapping[str, Json],
+        engine: Engine,
+        directory_bytes_per_second: Sequence[float] | None = None,
+    ) -> Store:
         """Make an empty store (step -1, no extents) in new or empty directories, one per drive, and open it.
 
+        Extents are spread over the directories in proportion to `directory_bytes_per_second`, which
+        `probe_directory` measures (one number each, in their order; None: alike), and to where there is room.
         StoreError if a directory holds a store or any foreign file, StoreLockedError, OSError with the path.
         """
         paths = absolute_directories(directories)
+        rates = check_rates(directory_bytes_per_second, len(paths))
         for path in paths:
             make_directory(path)
         for path in paths:
@@ -134,24 +147,32 @@ class Store:
             manifest = Manifest(store_uuid, json.loads(json.dumps(dict(identity), allow_nan=False)))
             data = manifest.to_bytes()
             replace_durably(os.path.join(paths[0], MANIFEST_NAME), data)
-            return cls(paths, engine, lock, Committed(manifest, data, Layout()), ())
+            return cls(paths, engine, lock, Committed(manifest, data, Layout()), (), rates)
         except BaseException:
             lock.release()
             raise
 
     @classmethod
-    def open(cls, directories: Directories, *, engine: Engine) -> Store:
+    def open(
+        cls,
+        directories: Directories,
+        *,
+        engine: Engine,
+        directory_bytes_per_second: Sequence[float] | None = None,
+    ) -> Store:
         """Open a store at its last committed state and remove what a crash left over.
 
+        `directory_bytes_per_second` is for extents to come, as in `create`; None: as at the last allocation.
         StoreError if it is not there or not whole, StoreLockedError if in use, StoreCorruptError if damaged.
         """
         paths = absolute_directories(directories)
+        rates = check_rates(directory_bytes_per_second, len(paths))
         check_store_ids(paths)  # before the lock file is made: a refusal leaves no trace
         lock = StoreLock(os.path.join(paths[0], LOCK_NAME))
         try:
             store_uuid = check_store_ids(paths)
             committed, note = read_newest(paths[0], store_uuid)
-            store = cls(paths, engine, lock, committed, () if note is None else (note,))
+            store = cls(paths, engine, lock, committed, () if note is None else (note,), rates)
             store._check_data_files()
             if note is None:
                 store._remove_leftovers()
@@ -242,12 +263,12 @@ class Store:
 
     def close(self) -> None:
         """Delete the scratch files and release the lock; what was not committed is lost. Idempotent."""
+        if os.getpid() != self._process_id:
+            return  # a forked child: neither the files nor the lock are its own, and the mutex may be held for ever
         with self._mutex:
             if self._closed:
                 return
             self._closed = True
-            if os.getpid() != self._process_id:
-                return  # a forked child: neither the files nor the lock are its own
             try:
                 self._scratch.close()
                 for path in self._data_paths():
@@ -426,7 +447,13 @@ class Store:
             if description is not None:
                 description = json.loads(json.dumps(dict(description), allow_nan=False))
             generation = self._next_generation()
-            layout = extend_layout(self._layout, specs, widened, len(self._directories), generation, description)
+            stored_bytes = [0] * len(self._directories)
+            for file in self._layout.files:
+                stored_bytes[file.directory] += file.num_bytes
+            striper = Striper(self._rates(), rooms(self._directories), other_bytes=stored_bytes)
+            layout = extend_layout(
+                self._layout, specs, widened, striper, generation, description, self._bytes_per_second
+            )
             new_files = range(len(self._layout.files), len(layout.files))
             needed_bytes = {self._directories[layout.files[i].directory]: layout.files[i].num_bytes for i in new_files}
             check_space(needed_bytes, f"the new file extents-{generation}.bin")
@@ -436,7 +463,14 @@ class Store:
                     path = layout.path(index, self._directories)
                     os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
                     made.append(path)
-                    self._make_data_file(path, layout.files[index].num_bytes, prewrite)
+                    self._engine.preallocate(path, layout.files[index].num_bytes)
+                sizes = {path: layout.files[index].num_bytes for index, path in zip(new_files, made, strict=True)}
+                if prewrite:
+                    write_zeros(self._engine, sizes)
+                else:
+                    for path in sizes:
+                        self._engine.sync(path)
+                for path in sizes:
                     sync_directory(os.path.dirname(path))
                 layout_path = os.path.join(self._directories[0], f"layout-{generation}.json")
                 layout_bytes = encode_checked(layout.to_json(self.uuid))
@@ -461,13 +495,6 @@ class Store:
             raise ValueError(f"num_slots={num_slots}: an extent has at most 2 slots, the one read and the one written")
         self.allocate((), prewrite=prewrite, second_slots_for=names)
 
-    def _make_data_file(self, path: str, num_bytes: int, prewrite: bool) -> None:
-        self._engine.preallocate(path, num_bytes)
-        if prewrite:
-            write_zeros(self._engine, path, num_bytes)
-        else:
-            self._engine.sync(path)
-
     def _check_names(self, specs: tuple[ExtentSpec, ...], widened: tuple[str, ...]) -> None:
         seen = set(self._layout.extents)
         for spec in specs:
@@ -479,6 +506,9 @@ class Store:
         for name in widened:
             if self.num_slots(name) != 1:
                 raise StoreError(f"the extent {name!r} has {self.num_slots(name)} slots already; leave it out")
+
+    def _rates(self) -> tuple[float, ...]:
+        return self._bytes_per_second or (1.0,) * len(self._directories)
 
     def _next_generation(self) -> int:
         """Return a number that no file here bears, not even one that a failed allocation could not remove."""
@@ -498,7 +528,7 @@ class Store:
         Only the names in `slots` and `checksums` change; a slot that changes without a new checksum loses its
         old one. All writes of the step must be done. On any failure the store stays at the step before, in
         memory and on disk. ValueError if `step` goes back, StoreError for unknown names, OSError from the
-        drive.
+        drive, StoreCorruptError if another process has truncated or removed a file.
         """
         with self._mutex:
             self._check_usable()
@@ -523,6 +553,7 @@ class Store:
             # First the data, then the manifest that names them: the other way round, a crash in between would
             # leave a manifest of data that never reached the drive.
             self._sync_data_files()
+            self._check_data_files()
             self._publish(manifest, self._layout)
             self.committed_seconds = time.perf_counter() - started_seconds
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import xxhash
@@ -90,29 +90,33 @@ def finish(transfers: list[Transfer]) -> list[BaseException]:
     return errors
 
 
-def write_zeros(engine: Engine, path: str, num_bytes: int) -> None:
-    """Write zeros over the first `num_bytes` (a multiple of 4096) of a file and sync it; blocks. OSError as
-    it comes.
+def write_zeros(engine: Engine, sizes: Mapping[str, int]) -> None:
+    """Write zeros over the first so many bytes (a multiple of 4096) of each file and sync it; blocks. OSError as it comes.
 
     Blocks of a file that were never written cost half the write speed the first time; this pays for it at
-    creation.
+    creation. The files progress in proportion to their sizes, so that drives that got their share work all the time.
     """
-    chunk_bytes = min(CHUNK_BYTES, num_bytes)
-    with (
-        BufferPool(round_up(chunk_bytes, CHUNK_BYTES), name="zeros") as pool,
-        pool.acquire(chunk_bytes) as buffer,
-    ):
+    chunks = [
+        (begin_bytes / num_bytes, Extent(path, begin_bytes, min(CHUNK_BYTES, num_bytes - begin_bytes)))
+        for path, num_bytes in sizes.items()
+        for begin_bytes in range(0, num_bytes, CHUNK_BYTES)
+    ]
+    if not chunks:
+        return
+    chunks.sort(key=lambda item: item[0])
+    largest_bytes = max(extent.num_bytes for _, extent in chunks)
+    with BufferPool(round_up(largest_bytes, CHUNK_BYTES), name="zeros") as pool, pool.acquire(largest_bytes) as buffer:
         zeros = buffer.array
         zeros.fill(np.uint8(0))
         under_way: list[Transfer] = []
         try:
-            for begin_bytes in range(0, num_bytes, chunk_bytes):
-                if len(under_way) == 4:
+            for _, extent in chunks:
+                if len(under_way) == 4 * len(sizes):
                     under_way.pop(0).wait()
-                size_bytes = min(chunk_bytes, num_bytes - begin_bytes)
-                under_way.append(engine.write(Extent(path, begin_bytes, size_bytes), zeros[:size_bytes]))
+                under_way.append(engine.write(extent, zeros[: extent.num_bytes]))
             while under_way:
                 under_way.pop(0).wait()
         finally:
             finish(under_way)
-    engine.sync(path)
+    for path in sizes:
+        engine.sync(path)

@@ -18,11 +18,14 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fuyou.bench import MIN_REPEATS, median_ratio, spread, take_turns
 from fuyou.config import format_bytes, parse_bytes
 from fuyou.errors import ConfigError
+
+if TYPE_CHECKING:
+    from io_engine import ByteArray, Engine, Extent, Transfer
 
 SUMMARY = "reading, writing and both at once through the engine, beside bare system calls"
 
@@ -39,7 +42,7 @@ class Task(NamedTuple):
     """One request: `kind` is "read" or "write"."""
 
     kind: str
-    extent: Any
+    extent: Extent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +72,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     directories = [os.path.abspath(directory) for directory in options.directories]
     if options.rounds < 1 or options.seconds < 0:
         raise ConfigError("bench io: --rounds must be at least 1 and --seconds not negative")
+    if len({os.path.realpath(directory) for directory in directories}) != len(directories):
+        raise ConfigError(f"bench io: a directory is named twice in {', '.join(directories)}; name each drive's once")
     request_bytes = round_up(parse_bytes(options.request, "--request"), ALIGNMENT_BYTES)
     with PosixEngine(NUM_THREADS, request_bytes) as engine, contextlib.ExitStack() as stack:
         size_bytes = round_up(max(parse_bytes(options.size, "--size"), 4 * request_bytes), 4 * request_bytes)
@@ -86,7 +91,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         copy_rate = bench.memory_copy_bytes_per_second(options.rounds)
         return {
             "directories": directories,
-            "directory_bytes_per_second": rates,
+            "directory_bytes_per_second": rates if len(directories) > 1 else None,
             "reason": engine.reason,
             "size_bytes": size_bytes,
             "request_bytes": request_bytes,
@@ -152,7 +157,7 @@ def _rates(directories: Sequence[str]) -> list[float]:
 
 def _place(
     directories: Sequence[str], name: str, rates: Sequence[float], size_bytes: int, request_bytes: int
-) -> list[Any]:
+) -> list[Extent]:
     """The requests of a pass, in order, as extents, spread as a store spreads its own."""
     from io_engine import Extent
     from io_engine.space import rooms
@@ -166,12 +171,12 @@ def _place(
     return extents
 
 
-def _end_bytes(extents: Sequence[Any], directory: str) -> int:
+def _end_bytes(extents: Sequence[Extent], directory: str) -> int:
     ends = [e.offset_bytes + e.num_bytes for e in extents if os.path.dirname(e.path) == directory]
     return max(ends, default=0)
 
 
-def _remove(engine: Any, path: str) -> None:
+def _remove(engine: Engine, path: str) -> None:
     with contextlib.suppress(FileNotFoundError):
         engine.remove(path)
 
@@ -182,7 +187,7 @@ def _remove(engine: Any, path: str) -> None:
 class _Bench:
     """The passes: the same requests on the same buffers, through the engine and by bare calls."""
 
-    def __init__(self, engine: Any, extents: list[Any], paths: list[str], stack: contextlib.ExitStack) -> None:
+    def __init__(self, engine: Engine, extents: list[Extent], paths: list[str], stack: contextlib.ExitStack) -> None:
         from io_engine import BufferPool
         from io_engine.buffers import size_class_bytes
 
@@ -238,7 +243,7 @@ class _Bench:
         """All requests of a mode through the engine, as many under way as there are buffers."""
         from io_engine.verify import finish
 
-        under_way: list[Any] = []
+        under_way: list[Transfer] = []
         try:
             for index, (kind, extent) in enumerate(self._tasks[mode]):
                 if len(under_way) == len(self._arrays):
@@ -313,7 +318,7 @@ def _open(path: str, stack: contextlib.ExitStack) -> int:
     return descriptor
 
 
-def _bare_calls(descriptor: int, tasks: Iterator[Task], arrays: Sequence[Any]) -> None:
+def _bare_calls(descriptor: int, tasks: Iterator[Task], arrays: Sequence[ByteArray]) -> None:
     for array, (kind, extent) in zip(itertools.cycle(arrays), tasks, strict=False):
         view = array.data[: extent.num_bytes]
         move = os.preadv if kind == "read" else os.pwritev

@@ -36,6 +36,8 @@ def test_what_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_d
     assert json.loads(json.dumps(result)) == result
     assert result["directories"] == [str(folder) for folder in folders]
     assert (result["size_bytes"], result["request_bytes"], result["num_rounds"]) == (8 * MIB, MIB, 2)
+    rates = result["directory_bytes_per_second"]
+    assert rates is None if num_directories == 1 else len(rates) == 2 and min(rates) > 0
     assert list(result["modes"]) == ["read", "write", "mixed"]
     for row in result["modes"].values():
         seconds = row["seconds"]
@@ -155,6 +157,8 @@ def test_what_cannot_be_measured(tmp_path: Path) -> None:
     for bad in (["--rounds", "0"], ["--seconds", "-1"], ["--size", "much"], ["--request", "x"]):
         with pytest.raises(ConfigError, match=bad[0]):
             io.run(options(str(tmp_path), *bad))
+    with pytest.raises(ConfigError, match="named twice"):
+        io.run(options(str(tmp_path), str(tmp_path / "..") + f"/{tmp_path.name}"))
     assert os.listdir(tmp_path) == []
 
 

@@ -51,6 +51,35 @@ def threads_of_ours() -> list[str]:
     return [t.name for t in threading.enumerate() if t.name.startswith(("fuyou", "io_engine"))]
 
 
+def test_a_store_over_two_directories(tmp_path: Path) -> None:
+    """Large extents lie in both; steps and resumed runs have the bits of one directory; a missing one is named."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        vocab_size=4096, hidden_size=1024, intermediate_size=2048, num_hidden_layers=1, num_attention_heads=8
+    )
+    weights = []
+    for number, stores in enumerate(([tmp_path / "one"], [tmp_path / "a", tmp_path / "b"])):
+        offload = fuyou.OffloadConfig(store=stores, device="cpu", host_memory="512MiB", compute_dtype="float32")
+        for _ in range(2):
+            model = fuyou.from_config(config, offload=offload, seed=3)
+            optimizer = fuyou.AdamW(model, lr=1e-3)
+            ids = torch.arange(12).reshape(2, 6)
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            model.fuyou.close()
+        assert fuyou.verify_store(stores) == []
+        model = fuyou.open_store_model(stores)
+        weights.append(plain(model, tmp_path / f"out{number}").state_dict())
+        model.fuyou.close()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    sizes = [sum(p.stat().st_size for p in (tmp_path / name).glob("extents-*.bin")) for name in ("a", "b")]
+    assert min(sizes) > max(sizes) / 20  # by measured rates of one drive, which wander
+    (tmp_path / "b").rename(tmp_path / "c")
+    with pytest.raises(StoreError, match=f"{tmp_path / 'b'} has no"):
+        fuyou.open_store_model([tmp_path / "a", tmp_path / "b"])
+
+
 # --- directories -------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from io_engine import BufferPool, Engine, Extent, MockEngine, PosixEngine, Transfer
+from io_engine import BufferPool, Engine, Extent, KvikioEngine, MockEngine, PosixEngine, Transfer
+from tests.io_engine.fake_kvikio import install
 from tests.io_engine.helpers import PAGE, aligned, pattern
 
 REQUEST_BYTES = 64 * 1024
@@ -45,18 +46,26 @@ class MockRig(Rig):
         self.engine.files[path] = bytearray(data)
 
 
-_RIGS: dict[str, Callable[[Path], Rig]] = {
-    "posix direct": lambda folder: Rig(PosixEngine(4, REQUEST_BYTES), folder),
-    "posix one thread": lambda folder: Rig(PosixEngine(1, REQUEST_BYTES), folder),
-    "posix page cache": lambda folder: Rig(PosixEngine(3, REQUEST_BYTES, direct=False), folder),
-    "mock fifo": lambda folder: MockRig(MockEngine(), folder),
-    "mock lifo": lambda folder: MockRig(MockEngine(order="lifo", latency_seconds=1.0), folder),
+def _kvikio(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
+    install(monkeypatch)
+    return Rig(KvikioEngine(3, REQUEST_BYTES), folder)
+
+
+_RIGS: dict[str, Callable[[Path, pytest.MonkeyPatch], Rig]] = {
+    "posix direct": lambda folder, _: Rig(PosixEngine(4, REQUEST_BYTES), folder),
+    "posix one thread": lambda folder, _: Rig(PosixEngine(1, REQUEST_BYTES), folder),
+    "posix page cache": lambda folder, _: Rig(PosixEngine(3, REQUEST_BYTES, direct=False), folder),
+    "mock fifo": lambda folder, _: MockRig(MockEngine(), folder),
+    "mock lifo": lambda folder, _: MockRig(MockEngine(order="lifo", latency_seconds=1.0), folder),
+    "kvikio stand-in": _kvikio,
+    "kvikio": lambda folder, _: Rig(KvikioEngine(3, REQUEST_BYTES), folder),
 }
+_MARKS = {"kvikio": pytest.mark.gds}
 
 
-@pytest.fixture(params=list(_RIGS))
-def rig(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Rig]:
-    made = _RIGS[request.param](tmp_path)
+@pytest.fixture(params=[pytest.param(name, marks=_MARKS.get(name, ())) for name in _RIGS])
+def rig(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Rig]:
+    made = _RIGS[request.param](tmp_path, monkeypatch)
     yield made
     made.engine.close()
 
@@ -120,6 +129,59 @@ def test_many_transfers_at_once(rig: Rig) -> None:
     for transfer in others:
         transfer.wait()
     assert rig.contents(rig.path("other.bin")) == b"".join(pattern(PAGE, seed=i).tobytes() for i in range(20))
+
+
+def _striped(rig: Rig, num_parts: int, seed: int) -> Extent:
+    """Parts of random length, one after the other in the files of three directories."""
+    random = np.random.default_rng(seed)
+    ends: dict[str, int] = {}
+    parts = []
+    for index in range(num_parts):
+        folder = rig.folder / f"drive-{index % 3}"
+        folder.mkdir(exist_ok=True)
+        path, num_bytes = str(folder / f"{seed}.bin"), int(random.integers(1, 40)) * PAGE
+        parts.append(Extent(path, ends.get(path, PAGE), num_bytes))
+        ends[path] = ends.get(path, PAGE) + num_bytes + PAGE  # with a gap, so that no two parts become one
+    return Extent.join(parts)
+
+
+@pytest.mark.parametrize("num_parts", [2, 3, 20])
+def test_striped_extents_go_to_each_of_their_places(rig: Rig, num_parts: int) -> None:
+    extents = [_striped(rig, num_parts, seed) for seed in range(3)]
+    data = [pattern(extent.num_bytes, seed=i) for i, extent in enumerate(extents)]
+    done: list[Transfer] = []
+    writes = [rig.engine.write(e, aligned(e.num_bytes, d)) for e, d in zip(extents, data, strict=True)]
+    for write in writes:
+        write.add_done_callback(done.append)
+        write.wait()
+        assert write.unfinished == []
+    for extent, content in zip(extents, data, strict=True):
+        assert len(extent.parts) == num_parts
+        begin = 0
+        for part in extent.parts:  # looked at past the engine
+            raw = rig.contents(part.path)[part.offset_bytes : part.offset_bytes + part.num_bytes]
+            assert raw == content[begin : begin + part.num_bytes].tobytes()
+            begin += part.num_bytes
+        for begin, end in ((0, extent.num_bytes), (PAGE, extent.num_bytes), (0, 2 * PAGE)):
+            array = aligned(end - begin)
+            rig.engine.read(extent.sub(begin, end - begin), array).wait()
+            assert array.tobytes() == content[begin:end].tobytes()
+    assert rig.engine.bytes_written == sum(extent.num_bytes for extent in extents)
+    assert len(done) == 3
+
+
+def test_a_striped_extent_fails_as_a_whole_and_names_the_place(rig: Rig) -> None:
+    extent = _striped(rig, 3, seed=0)
+    for part in extent.parts[:2]:
+        rig.put(part.path, bytes(part.offset_bytes + part.num_bytes))
+    with pytest.raises(FileNotFoundError) as caught:
+        rig.engine.read(extent, aligned(extent.num_bytes)).wait()
+    assert caught.value.filename == extent.parts[2].path
+    assert rig.engine.bytes_read == 0
+    rig.put(extent.parts[2].path, bytes(extent.parts[2].offset_bytes + 100))
+    with pytest.raises(OSError, match="short read: only") as caught:
+        rig.engine.read(extent, aligned(extent.num_bytes)).wait()
+    assert (caught.value.errno, caught.value.filename) == (errno.EIO, extent.parts[2].path)
 
 
 def test_threads_share_an_engine(rig: Rig) -> None:
@@ -332,4 +394,4 @@ def test_close_completes_what_is_under_way_and_refuses_the_rest(rig: Rig) -> Non
 
 
 def test_the_reason_is_said(rig: Rig) -> None:
-    assert rig.engine.reason.startswith(("posix: ", "mock: "))
+    assert rig.engine.reason.startswith(("posix: ", "mock: ", "kvikio "))

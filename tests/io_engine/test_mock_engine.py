@@ -166,6 +166,23 @@ def test_a_callback_may_submit_the_next_transfer() -> None:
     assert second[0].done()
 
 
+def test_directories_are_drives_that_work_side_by_side() -> None:
+    engine = MockEngine(
+        read_bytes_per_second=PAGE, latency_seconds=0, directory_bytes_per_second={"fast": 4 * PAGE, "slow": PAGE / 2}
+    )
+    for path in ("fast/x", "slow/x", "other/x"):
+        engine.files[path] = bytearray(_ones())
+    reads = {path: engine.read(Extent(path, 0, PAGE), aligned(PAGE)) for path in ("slow/x", "other/x", "fast/x")}
+    array = aligned(3 * PAGE)
+    striped = engine.read(Extent.join(Extent(path, 0, PAGE) for path in ("slow/x", "fast/x", "other/x")), array)
+    assert engine.num_under_way == 6
+    striped.wait()
+    assert (array == 1).all()
+    assert {path: read.ended_seconds for path, read in reads.items()} == {"fast/x": 0.25, "other/x": 1.0, "slow/x": 2.0}
+    assert (striped.started_seconds, striped.ended_seconds) == (0.25, 4.0)
+    assert engine.bytes_read == 6 * PAGE
+
+
 def test_foreign_transfers_are_refused() -> None:
     transfer = MockEngine().write(Extent("a", 0, PAGE), _ones())
     with pytest.raises(ValueError, match="not a transfer of this engine"):

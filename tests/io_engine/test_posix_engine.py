@@ -130,16 +130,6 @@ def test_a_full_device_is_enospc() -> None:
         assert engine.bytes_written == 0
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may open every file")
-def test_a_forbidden_file_is_eacces(tmp_path: Path) -> None:
-    path = tmp_path / "data.bin"
-    path.write_bytes(bytes(PAGE))
-    path.chmod(0)
-    with PosixEngine(1) as engine, pytest.raises(PermissionError) as caught:
-        engine.read(Extent(str(path), 0, PAGE), aligned(PAGE)).wait()
-    assert caught.value.filename == str(path)
-
-
 def test_a_directory_is_not_a_file(tmp_path: Path) -> None:
     with PosixEngine(1) as engine, pytest.raises(IsADirectoryError) as caught:
         engine.write(Extent(str(tmp_path), 0, PAGE), aligned(PAGE)).wait()
