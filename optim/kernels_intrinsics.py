@@ -17,7 +17,7 @@ from numba.np.arrayobj import make_array, populate_array
 _array_struct: Any = make_array
 _populate: Any = populate_array
 
-_I16, _I32, _F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
+_I8, _I16, _I32, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 _MAGNITUDE_MASK: Final = 0x7FFFFFFF
 
 
@@ -187,6 +187,39 @@ def _keep_above_zero(_context: Any, bits: Any, value: Any) -> Any:
     return types.uint16(types.uint16, types.float32), generate
 
 
+def _round_to_int8(_context: Any, fixed: Any, random: Any) -> Any:
+    """(float32, uint16) -> int8: a whole number beside fixed / 65536, the farther one the less likely."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        fixed, random = builder.fptosi(arguments[0], _I32), builder.zext(arguments[1], _I32)
+        return builder.trunc(builder.ashr(builder.add(fixed, random), _word(16)), _I8)
+
+    return types.int8(types.float32, types.uint16), generate
+
+
+def _round_root(_context: Any, x: Any, root: Any, random: Any) -> Any:
+    """(float32, float32, uint16) -> uint8: a whole number beside x, such that its square is x ** 2 on average.
+
+    0 <= x <= 255. Of c and c + 1, c + 1 is taken with the probability (x**2 - c**2) / ((c + 1)**2 - c**2). Never 0
+    where `root` is above zero, of which x is a multiple that may be too small for a float32.
+    """
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        x, root, random = arguments
+        code = builder.fptosi(x, _I32)
+        c = builder.sitofp(code, _F32)
+        excess = builder.fma(builder.fneg(c), c, builder.fmul(x, x))
+        unit = ir.Constant(_F32, 2.0**-16)  # of the random number
+        distance = builder.fma(c, ir.Constant(_F32, 2.0**-15), unit)
+        threshold = builder.fmul(builder.sitofp(builder.zext(random, _I32), _F32), distance)
+        code = builder.add(code, builder.zext(builder.fcmp_ordered(">", excess, threshold), _I32))
+        root_bits = builder.bitcast(root, _I32)
+        least = builder.select(builder.icmp_unsigned("<", root_bits, _word(1)), root_bits, _word(1))
+        return builder.trunc(builder.select(builder.icmp_unsigned(">", code, least), code, least), _I8)
+
+    return types.uint8(types.float32, types.float32, types.uint16), generate
+
+
 window: Any = intrinsic(_window)
 fma: Any = intrinsic(_fma)
 widen: Any = intrinsic(_widen)
@@ -201,3 +234,5 @@ low_random: Any = intrinsic(_low_random)
 high_random: Any = intrinsic(_high_random)
 round_to_bfloat16: Any = intrinsic(_round_to_bfloat16)
 keep_above_zero: Any = intrinsic(_keep_above_zero)
+round_to_int8: Any = intrinsic(_round_to_int8)
+round_root: Any = intrinsic(_round_root)

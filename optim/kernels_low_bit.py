@@ -1,9 +1,11 @@
-"""AdamW on moments of 16 or 8 bits: a block at a time is decoded, updated in float32, and encoded by chance.
+"""AdamW on moments of 16 or 8 bits: decoded, updated in float32, and encoded by chance, in one pass over memory.
 
-One pass over memory: the decoded block stays in the first-level cache, where the arithmetic of float32 moments
-works on it. Formats: `optim.moments`. The rounding draws 32 bits an element from a hash of the parameter's key
-and the element's index in its parameter, 16 for each moment, so that no cut, thread or order changes a bit.
-Both roundings keep the expectation of m and of v (not of its root): averages neither drift nor get stuck.
+Formats: `optim.moments`. Of 8-bit moments a block at a time is updated into the first-level cache and encoded from
+there, since its scale needs its largest element. The rounding draws 32 bits an element from a hash of the
+parameter's key and the element's index in its parameter, 16 for each moment, so that no cut, thread or order changes
+a bit. Both roundings keep the expectation of m and of v: to the nearest, an average would stop where its change in a
+step is below half a code (m in bfloat16 stops at 0.98 of a steady gradient with beta1 0.9, at 0.78 with 0.99; v at
+once).
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from optim.kernels_compile import compiled, inlined
 from optim.kernels_intrinsics import (
     count_from,
     float_of_bits,
-    fma,
     high_random,
     keep_above_zero,
     low_random,
     max_magnitude,
     random_bits,
+    round_root,
     round_to_bfloat16,
+    round_to_int8,
     widen,
     window,
 )
@@ -58,9 +61,10 @@ _V_CODE_LIMIT: Final = np.float32(V_CODE_LIMIT)
 _MIN_M_SCALE: Final = np.float32(MIN_M_SCALE)
 _MIN_V_SCALE: Final = np.float32(MIN_V_SCALE)
 _ZERO: Final = np.float32(0.0)
-_ONE: Final = np.float32(1.0)
-# A random uint16 times this is uniform in [0, 1).
-_UNIFORM: Final = np.float32(2.0**-16)
+# A trifle below one code, so that the largest magnitude's quotient is not rounded to above the largest code; of m
+# with 16 binary places.
+_V_UNIT: Final = np.float32(1.0 - 2.0**-22)
+_M_UNIT: Final = np.float32(65536.0 * (1.0 - 2.0**-22))
 
 
 @compiled
@@ -156,27 +160,16 @@ def _encode_block(
 ) -> tuple[Any, Any]:
     """Write a block's codes; return its scales for m and for the roots of v.
 
-    Of the root's codes c and c + 1, c + 1 is taken with the probability (x**2 - c**2) / ((c + 1)**2 - c**2), where
-    x is the root in units of the scale: v keeps its expectation. Were the root to keep its own, v would grow.
+    It is v, not its root, whose expectation is kept: otherwise v would grow by the variance of every rounding.
     """
     m_scale = max(largest_m / _M_CODE_LIMIT, _MIN_M_SCALE) if largest_m > _ZERO else _ZERO
     v_scale = max(largest_root / _V_CODE_LIMIT, _MIN_V_SCALE) if largest_root > _ZERO else _ZERO
-    m_factor = _ONE / m_scale if largest_m > _ZERO else _ZERO
-    v_factor = _ONE / v_scale if largest_root > _ZERO else _ZERO
+    m_factor = _M_UNIT / m_scale if largest_m > _ZERO else _ZERO
+    v_factor = _V_UNIT / v_scale if largest_root > _ZERO else _ZERO
     for i in range(m.size):
         random = random_bits(key, first_element, i)
-        # The quotient of the largest one may round to just above the limit.
-        m_code = np.floor(fma(np.float32(low_random(random)), _UNIFORM, new_m[i] * m_factor))
-        m[i] = np.int8(m_code if m_code < _M_CODE_LIMIT else _M_CODE_LIMIT)
-        x = new_root[i] * v_factor
-        x = x if x < _V_CODE_LIMIT else _V_CODE_LIMIT
-        # At least 1 for all above zero.
-        least = np.ceil(x)
-        least = least if least < _ONE else _ONE
-        x = x if x > least else least
-        code = np.floor(x)
-        threshold = np.float32(high_random(random)) * fma(code, _UNIFORM + _UNIFORM, _UNIFORM)
-        v[i] = np.uint8(code + _ONE if fma(-code, code, x * x) > threshold else code)
+        m[i] = round_to_int8(new_m[i] * m_factor, low_random(random))
+        v[i] = round_root(new_root[i] * v_factor, new_root[i], high_random(random))
     return m_scale, v_scale
 
 

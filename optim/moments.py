@@ -31,8 +31,8 @@ MOMENT_LIMIT: Final = 2.0**127
 M_CODE_LIMIT: Final = 127
 V_CODE_LIMIT: Final = 255
 
-MIN_M_SCALE: Final = 2.0**-126
-"""The smallest normal float32: its reciprocal is finite."""
+MIN_M_SCALE: Final = 2.0**-110
+"""65,536 times its reciprocal is finite in float32."""
 MIN_V_SCALE: Final = 2.0**-63
 """The square of this one is the smallest normal float32, so that code 1 never decodes to zero."""
 

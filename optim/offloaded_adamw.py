@@ -107,7 +107,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
             },
         )
         check_room(records, shards, self._waiting, self._resident.keys())
-        kernels.warm_up()
+        for moment_dtype in {shard.moment_dtype for shard in shards}:
+            kernels.warm_up(moment_dtype)
         norm.warm_up()
         self._max_grad_norm = max_grad_norm
         self._seed = seed
