@@ -14,9 +14,8 @@ def state_bytes_per_parameter(compute_dtype: str, moment_dtype: str) -> float:
     return (2 if compute_dtype == "bfloat16" else 0) + 2 * moment_bytes
 
 
-def step_flops(num_parameters: int, num_tokens: int) -> float:
-    """Forward 2, backward 4, recomputation 2 operations per parameter and token (attention scores left out)."""
-    return 8.0 * num_parameters * num_tokens
+FORWARD_FLOPS, BACKWARD_FLOPS, RECOMPUTE_FLOPS = 2.0, 4.0, 2.0
+"""Operations per parameter and token: a multiplication and an addition; attention scores left out."""
 
 
 def num_update_workers(device: str, num_cores: int) -> int:

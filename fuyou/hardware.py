@@ -39,6 +39,8 @@ class HardwareProfile:
     mixed_bytes_per_second: float
     host_memory_bytes: int
     io_reason: str = ""
+    link_bytes_per_second: float = 0.0
+    """Between host and device, each way; 0: not known, or no device."""
 
     def to_json(self) -> dict[str, Any]:
         """The profile as JSON."""

@@ -7,17 +7,16 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fuyou.config import format_bytes
-from fuyou.costs import num_update_workers, step_flops
+from fuyou.costs import num_update_workers
 from fuyou.errors import PlanError
 from fuyou.hardware import HardwareProfile
 from fuyou.plan import BlockPlan, Plan, Prediction
+from fuyou.simulator import simulate_step
 from io_engine.buffers import size_class_bytes
 
 MEBIBYTE = 2**20
 LEAST_RECORD_BUFFERS, COMFORTABLE_RECORD_BUFFERS = 2, 4
 """One record is read while another is updated or written; with four, all three overlap."""
-FORWARD_SHARE = 0.25
-"""Of a step's compute: 2 of the 8 operations a parameter and token; backward has 4, computing again 2."""
 LEAST_GAIN = 0.02
 """A change of windows that shortens the step by less is not made: it would cost memory for nothing sure."""
 MIN_ACTIVATION_BYTES = 8 * MEBIBYTE
@@ -273,26 +272,36 @@ def _late_blocks(
 ) -> list[int]:
     """Numbers of the blocks whose updates are better made on the way to their next forward pass.
 
-    Taken from the last block down: its gradient is whole first and its weights are needed last, so that its update has
-    the most time. A gradient that clipping does not keep anyway must fit into `free_bytes` until then.
+    They are spread over the model: weights are read a few blocks ahead only, so that late updates of neighbours would
+    wait for each other. A gradient that clipping does not keep anyway must fit into `free_bytes` until then.
     """
     if hardware is None or not num_tokens:
         return []
-    chosen: list[int] = []
-    best, best_seconds = 0, predict(blocks, hardware, num_tokens).seconds
-    tried = list(blocks)
-    for number in reversed([n for n, block in enumerate(blocks) if block.trainable]):
-        if blocks[number].gradient == "free":
-            free_bytes -= pooled_bytes(blocks[number].gradient_bytes)
-            if free_bytes < 0:
-                break
-        kept: Any = "host" if blocks[number].gradient == "free" else blocks[number].gradient
-        tried[number] = dataclasses.replace(tried[number], update_window="forward", gradient=kept)
-        chosen.append(number)
-        seconds = predict(tried, hardware, num_tokens).seconds
-        if seconds < best_seconds * (1 - LEAST_GAIN):
-            best, best_seconds = len(chosen), seconds
-    return chosen[:best]
+    trainable = [number for number, block in enumerate(blocks) if block.trainable]
+    largest = max((pooled_bytes(block.gradient_bytes) for block in blocks if block.gradient == "free"), default=0)
+    most = min(len(trainable), free_bytes // largest if largest else len(trainable))
+
+    def chosen(num_late: int) -> list[int]:
+        return [trainable[(2 * i + 1) * len(trainable) // (2 * num_late)] for i in range(num_late)]
+
+    def seconds(num_late: int) -> float:
+        tried = list(blocks)
+        for number in chosen(num_late):
+            gradient: Any = "host" if tried[number].gradient == "free" else tried[number].gradient
+            tried[number] = dataclasses.replace(tried[number], update_window="forward", gradient=gradient)
+        return predict(tried, hardware, num_tokens).seconds
+
+    # The time falls while work moves into idle lanes and rises when those are full: a coarse look, then around the best.
+    step = max(1, most // 8)
+    found = {number: seconds(number) for number in range(0, most + 1, step)}
+    while step > 1:
+        step //= 2
+        best = min(found, key=lambda n: (found[n], n))
+        for number in (best - step, best + step):
+            if 0 <= number <= most and number not in found:
+                found[number] = seconds(number)
+    best = min(found, key=lambda n: (found[n], n))
+    return chosen(best) if found[best] < found[0] * (1 - LEAST_GAIN) else []
 
 
 def _choices(blocks: Sequence[BlockPlan]) -> Iterator[_Choice]:
@@ -307,59 +316,23 @@ def _choices(blocks: Sequence[BlockPlan]) -> Iterator[_Choice]:
             yield _Choice(number, {"states_in_host": True}, pooled_bytes(block.state_bytes), block.state_bytes)
 
 
-@dataclasses.dataclass
-class _WindowTraffic:
-    """Bytes of a steady step's forward or backward pass, in which no step is clipped."""
-
-    read: int = 0
-    written: int = 0
-
-
-def traffic_by_window(blocks: Sequence[BlockPlan]) -> tuple[_WindowTraffic, _WindowTraffic]:
-    """What the forward and the backward pass of a steady step move, spilled activations left out."""
-    forward, backward = _WindowTraffic(), _WindowTraffic()
-    for block in blocks:
-        if not block.weights_in_host:
-            forward.read += block.weight_bytes
-            backward.read += (block.num_weight_reads() - 1) * block.weight_bytes
-        if not block.trainable:
-            continue
-        update = backward if block.update_window == "backward" else forward
-        update.read += 0 if block.states_in_host else block.state_bytes
-        update.written += block.weight_bytes + block.state_bytes
-        if block.gradient == "spill":
-            backward.written += block.gradient_bytes
-            forward.read += block.gradient_bytes if block.update_window == "forward" else 0
-    return forward, backward
-
-
 def traffic(blocks: Sequence[BlockPlan]) -> tuple[int, int]:
-    """Bytes that a steady step reads from and writes to the drive, spilled activations left out."""
-    windows = traffic_by_window(blocks)
-    return sum(w.read for w in windows), sum(w.written for w in windows)
+    """Bytes that a steady step reads from and writes to the drive, spilled activations left out; no step is clipped."""
+    read = written = 0
+    for block in blocks:
+        read += block.num_weight_reads() * block.weight_bytes
+        if block.trainable:
+            read += 0 if block.states_in_host else block.state_bytes
+            written += block.weight_bytes + block.state_bytes
+            if block.gradient == "spill":
+                written += block.gradient_bytes
+                read += block.gradient_bytes if block.update_window == "forward" else 0
+    return read, written
 
 
-def predict(blocks: Sequence[BlockPlan], hardware: HardwareProfile, num_tokens: int | None) -> Prediction:
-    """A steady step's traffic and time: each pass takes as long as its busiest lane, on a CPU compute and Adam share one."""
-    num_parameters = sum(b.num_parameters for b in blocks)
-    compute = step_flops(num_parameters, num_tokens or 0) / hardware.compute_flops_per_second
-    seconds = 0.0
-    lanes = dict.fromkeys(("gpu", "cpu", "ssd_read", "ssd_write"), 0.0)
-    for window, share, moved in zip(
-        ("forward", "backward"), (FORWARD_SHARE, 1 - FORWARD_SHARE), traffic_by_window(blocks), strict=True
-    ):
-        updated = sum(b.num_parameters for b in blocks if b.trainable and b.update_window == window)
-        adam = updated / hardware.adam_parameters_per_second
-        busy = {
-            "gpu": share * compute,
-            "cpu": adam,
-            "ssd_read": moved.read / hardware.read_bytes_per_second,
-            "ssd_write": moved.written / hardware.write_bytes_per_second,
-        }
-        drive = (moved.read + moved.written) / hardware.mixed_bytes_per_second
-        cores = busy["gpu"] + busy["cpu"] if hardware.device == "cpu" else 0.0
-        seconds += max(cores, drive, *busy.values())
-        for lane, lane_seconds in busy.items():
-            lanes[lane] += lane_seconds
-    limiting = max(lanes, key=lambda lane: lanes[lane])
-    return Prediction(seconds, lanes, limiting, *traffic(blocks))
+def predict(
+    blocks: Sequence[BlockPlan], hardware: HardwareProfile, num_tokens: int | None, prefetch_depth: int = 2
+) -> Prediction:
+    """A steady step's traffic and time, simulated; no step is clipped."""
+    step = simulate_step(blocks, hardware, num_tokens=num_tokens or 0, prefetch_depth=prefetch_depth)
+    return Prediction(step.seconds, step.lane_seconds, step.limiting_lane, *traffic(blocks))

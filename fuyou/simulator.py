@@ -1,0 +1,255 @@
+"""The step as tasks on lanes, played through: when each lane would be busy, and how long a steady step would take.
+
+A lane works on one task at a time, in the order in which tasks became ready. How fast it works depends on who else is
+busy: reads and writes share the drives, on a CPU compute and Adam share the cores. Between two ends of tasks all speeds
+are constant, so the play jumps from end to end; it takes milliseconds. Pure arithmetic: no torch, nothing measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from fuyou.costs import BACKWARD_FLOPS, FORWARD_FLOPS, RECOMPUTE_FLOPS
+from fuyou.hardware import HardwareProfile
+from fuyou.plan import BlockPlan
+
+RECORD_PARAMETERS = 2 * 2**20
+"""Of one record of states, as in `optim.layout`."""
+MOST_PIECES = 8
+"""Into which a block's update is cut at most, so that large blocks cost no more time here than small ones."""
+RECORD_BUFFERS = 4
+"""Records between the beginning of their read and the end of their write."""
+
+Speeds = Callable[[frozenset[str]], Mapping[str, float]]
+"""From the busy lanes to the share of its own full speed at which each works."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Task:
+    """Work of `seconds` on one lane at full speed, once all tasks `after` (numbers in their list) have ended."""
+
+    lane: str
+    name: str
+    seconds: float
+    after: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SimulatedSpan:
+    """When a task was worked on, in seconds from the beginning."""
+
+    lane: str
+    name: str
+    started_seconds: float
+    ended_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulatedStep:
+    """A steady step: from the end of one step's backward pass to the end of the next one's."""
+
+    seconds: float
+    lane_seconds: dict[str, float]
+    """Per lane, the seconds in which it was busy."""
+    spans: tuple[SimulatedSpan, ...]
+    """Of the step, in seconds from its beginning."""
+
+    @property
+    def limiting_lane(self) -> str:
+        """The lane that was busy longest."""
+        return max(self.lane_seconds, key=lambda lane: self.lane_seconds[lane])
+
+
+def play(tasks: Sequence[Task], speeds: Speeds) -> list[SimulatedSpan]:
+    """Play tasks, listed behind those they wait for; returns a span for each, in the order of the list."""
+    waiting = [len(set(task.after)) for task in tasks]
+    followers: list[list[int]] = [[] for _ in tasks]
+    for number, task in enumerate(tasks):
+        for before in set(task.after):
+            followers[before].append(number)
+    ready: dict[str, list[int]] = {task.lane: [] for task in tasks}
+    running: dict[str, tuple[int, float]] = {}  # lane -> task, work left in seconds at full speed
+    started, ended = [0.0] * len(tasks), [0.0] * len(tasks)
+    now, num_left = 0.0, len(tasks)
+
+    def begin(number: int) -> None:
+        heapq.heappush(ready[tasks[number].lane], number)
+
+    for number, count in enumerate(waiting):
+        if count == 0:
+            begin(number)
+    while num_left:
+        for lane, queue in ready.items():
+            if queue and lane not in running:
+                number = heapq.heappop(queue)
+                started[number] = now
+                running[lane] = (number, tasks[number].seconds)
+        assert running  # a task waits for one behind it in the list
+        speed = speeds(frozenset(running))
+        passed = min(left / speed[lane] for lane, (_, left) in running.items())
+        now += passed
+        for lane, (number, left) in list(running.items()):
+            left -= passed * speed[lane]
+            if left > 1e-12 * max(1.0, tasks[number].seconds):
+                running[lane] = (number, left)
+                continue
+            del running[lane]
+            ended[number] = now
+            num_left -= 1
+            for follower in followers[number]:
+                waiting[follower] -= 1
+                if waiting[follower] == 0:
+                    begin(follower)
+    return [SimulatedSpan(t.lane, t.name, started[n], ended[n]) for n, t in enumerate(tasks)]
+
+
+def simulate_step(
+    blocks: Sequence[BlockPlan], hardware: HardwareProfile, *, num_tokens: int, prefetch_depth: int = 2
+) -> SimulatedStep:
+    """Simulate training with a plan's blocks until it is steady, and return that step; no step is clipped."""
+    builder = _StepBuilder(blocks, hardware, num_tokens, prefetch_depth)
+    ends = [builder.add_step() for _ in range(3)]
+    spans = play(builder.tasks, lane_speeds(hardware))
+    begin, end = spans[ends[1]].ended_seconds, spans[ends[2]].ended_seconds
+    inside = [
+        dataclasses.replace(
+            s, started_seconds=max(s.started_seconds, begin) - begin, ended_seconds=min(s.ended_seconds, end) - begin
+        )
+        for s in spans
+        if s.ended_seconds > begin and s.started_seconds < end and s.ended_seconds > s.started_seconds
+    ]
+    lanes = dict.fromkeys(("gpu", "h2d", "d2h", "ssd_read", "ssd_write", "cpu"), 0.0)
+    for span in inside:
+        lanes[span.lane] += span.ended_seconds - span.started_seconds
+    return SimulatedStep(end - begin, lanes, tuple(inside))
+
+
+def lane_speeds(hardware: HardwareProfile) -> Speeds:
+    """How lanes slow each other on this machine.
+
+    Reads and writes at once get the measured mixed rate, each in proportion to its own; on a CPU compute wants all
+    cores and Adam its workers, and both get their share of what there is.
+    """
+    drive = min(
+        1.0, hardware.mixed_bytes_per_second / (hardware.read_bytes_per_second + hardware.write_bytes_per_second)
+    )
+    workers = max(1, hardware.num_cores // 2)
+    cores = hardware.num_cores / (hardware.num_cores + workers)
+
+    def speeds(busy: frozenset[str]) -> dict[str, float]:
+        found = dict.fromkeys(busy, 1.0)
+        if {"ssd_read", "ssd_write"} <= busy:
+            found["ssd_read"] = found["ssd_write"] = drive
+        if hardware.device == "cpu" and {"gpu", "cpu"} <= busy:
+            found["gpu"] = found["cpu"] = cores
+        return found
+
+    return speeds
+
+
+class _StepBuilder:
+    """Lists the tasks of step after step, each waiting for what it needs from those before."""
+
+    def __init__(
+        self, blocks: Sequence[BlockPlan], hardware: HardwareProfile, num_tokens: int, prefetch_depth: int
+    ) -> None:
+        self.tasks: list[Task] = []
+        self._blocks, self._hardware = blocks, hardware
+        self._tokens = num_tokens
+        self._depth = prefetch_depth
+        self._computes: list[int] = []
+        self._last_read: int | None = None
+        self._written_records: list[int] = []
+        self._written: dict[str, int] = {}
+        """By block, the write of its latest weights."""
+        self._gradients: dict[str, int] = {}
+        """By block with a late update, what brought its gradient to where it waits."""
+        borrowed = sum(b.num_parameters * b.num_borrowers for b in blocks)
+        self._parameters_computed = {
+            b.name: 0 if b.kind == "prologue" else b.num_parameters + (borrowed if b.kind == "epilogue" else 0)
+            for b in blocks
+        }
+
+    def add_step(self) -> int:
+        """One more step; returns the number of its last task in the backward pass."""
+        for block in self._blocks:
+            weights = self._read_weights(block)
+            if block.name in self._gradients:
+                weights = self._update(block, [weights, self._gradients.pop(block.name)])
+            self._compute(block, f"{block.name} forward", FORWARD_FLOPS, weights)
+            if block.kind == "epilogue":  # its backward pass follows at once
+                self._compute(block, f"{block.name} backward", BACKWARD_FLOPS, weights)
+        for block in reversed(self._blocks):
+            is_epilogue = block.kind == "epilogue"
+            reads = not is_epilogue or (block.trainable and block.update_window == "backward")
+            weights = self._read_weights(block) if reads else self._computes[-1]
+            if not is_epilogue:
+                self._compute(block, f"{block.name} backward", BACKWARD_FLOPS + RECOMPUTE_FLOPS, weights)
+            if block.trainable:
+                self._gradient(block, weights)
+        return self._computes[-1]
+
+    def _add(self, lane: str, name: str, seconds: float, after: Iterable[int | None]) -> int:
+        self.tasks.append(Task(lane, name, seconds, tuple(sorted({n for n in after if n is not None}))))
+        return len(self.tasks) - 1
+
+    def _read_weights(self, block: BlockPlan) -> int:
+        """Read, as far ahead as buffers allow, and bring to the device; the last task of that."""
+        # A buffer is free when the block before the last `depth` ones has been computed.
+        ahead = self._computes[-1 - self._depth] if len(self._computes) > self._depth else None
+        seconds = 0.0 if block.weights_in_host else block.weight_bytes / self._hardware.read_bytes_per_second
+        read = self._add("ssd_read", f"{block.name} weights", seconds, (ahead, self._written.get(block.name)))
+        if self._hardware.device == "cpu":
+            return read
+        return self._add("h2d", f"{block.name} weights", self._link_seconds(block.weight_bytes), (read,))
+
+    def _link_seconds(self, num_bytes: int) -> float:
+        rate = self._hardware.link_bytes_per_second
+        return num_bytes / rate if rate else 0.0
+
+    def _compute(self, block: BlockPlan, name: str, flops: float, weights: int) -> None:
+        amount = flops * self._parameters_computed[block.name] * self._tokens
+        before = self._computes[-1] if self._computes else None
+        seconds = amount / self._hardware.compute_flops_per_second
+        self._computes.append(self._add("gpu", name, seconds, (before, weights)))
+
+    def _gradient(self, block: BlockPlan, weights: int) -> None:
+        """The gradient leaves the device; an early update begins, or it waits for a late one."""
+        gradient = self._computes[-1]
+        if self._hardware.device != "cpu":
+            gradient = self._add("d2h", f"{block.name} gradient", self._link_seconds(block.gradient_bytes), (gradient,))
+        spilled = gradient
+        if block.gradient == "spill":
+            seconds = block.gradient_bytes / self._hardware.write_bytes_per_second
+            spilled = self._add("ssd_write", f"{block.name} gradient", seconds, (gradient,))
+        if block.update_window == "backward":
+            self._update(block, [weights, gradient])
+        else:
+            self._gradients[block.name] = spilled
+
+    def _update(self, block: BlockPlan, after: Sequence[int]) -> int:
+        """States in, Adam, states and weights out, record by record; returns what makes the weights new."""
+        hardware = self._hardware
+        read_bytes = 0 if block.states_in_host else block.state_bytes
+        if block.gradient == "spill" and block.update_window == "forward":
+            read_bytes += block.gradient_bytes
+        pieces = min(MOST_PIECES, -(-block.num_parameters // RECORD_PARAMETERS))
+        read_seconds = read_bytes / pieces / hardware.read_bytes_per_second
+        adam_seconds = block.num_parameters / pieces / hardware.adam_parameters_per_second
+        write_seconds = (block.weight_bytes + block.state_bytes) / pieces / hardware.write_bytes_per_second
+        adam = written = 0
+        for _ in range(pieces):
+            # Records are read in their order and when it is the block's turn, a few ahead of the arithmetic.
+            read = self._add("ssd_read", f"{block.name} states", read_seconds, (self._last_read, self._ahead(), *after))
+            self._last_read = read
+            adam = self._add("cpu", f"{block.name} Adam", adam_seconds, (read, *after))
+            written = self._add("ssd_write", f"{block.name} states", write_seconds, (adam,))
+            self._written_records.append(written)
+        self._written[block.name] = written
+        return adam
+
+    def _ahead(self) -> int | None:
+        """The write that frees the buffer of the record that is read next."""
+        return self._written_records[-RECORD_BUFFERS] if len(self._written_records) >= RECORD_BUFFERS else None
