@@ -94,6 +94,7 @@ def measure_hardware(directories: Directories, device: str, compute_dtype: str =
         mixed_bytes_per_second=sum(drive.mixed_bytes_per_second for drive in drives),
         host_memory_bytes=available_host_bytes(),
         io_reason="; ".join(dict.fromkeys(drive.reason for drive in drives)),
+        link_bytes_per_second=0.0 if device == "cpu" else _measure_link(device),
     )
     cache = _cache_file(paths, device, compute_dtype)
     # A cache that cannot be written costs a measurement the next time, nothing else.
@@ -146,6 +147,27 @@ def _measure_compute(device: str, compute_dtype: str) -> float:
         (a @ b).sum().item()
         best = min(best, time.perf_counter() - started)
     return 2.0 * a.shape[0] * n * n / best
+
+
+def _measure_link(device: str) -> float:
+    """Bytes per second each way while pinned memory is copied both ways at once: best of five times 256 MiB."""
+    import torch
+
+    num_bytes = 256 * 2**20
+    hosts = [torch.ones(num_bytes, dtype=torch.uint8).pin_memory() for _ in range(2)]
+    devices = [torch.ones(num_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+    into, out_of = torch.cuda.Stream(device), torch.cuda.Stream(device)
+    best = float("inf")
+    for _ in range(5):
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        with torch.cuda.stream(into):
+            devices[0].copy_(hosts[0], non_blocking=True)
+        with torch.cuda.stream(out_of):
+            hosts[1].copy_(devices[1], non_blocking=True)
+        torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    return num_bytes / best
 
 
 def _measure_adam(num_workers: int) -> float:

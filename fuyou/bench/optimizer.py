@@ -55,16 +55,20 @@ def _measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         )
         for i in range(num_shards)
     ]
-    with PosixEngine() as engine, Store.create(folder / "store", identity={}, engine=engine) as store:
-        bench = _Bench(engine, store, layouts, options.workers)
-        try:
-            seconds = take_turns({"step": bench.step, "limit": bench.copy}, options.repeats)
-        finally:
-            bench.close()
+    with (
+        PosixEngine() as engine,
+        Store.create(folder / "store", identity={}, engine=engine) as store,
+        Store.create(folder / "clipping", identity={}, engine=engine) as second_store,
+        _Bench(engine, store, layouts, options.workers, None) as bench,
+        # A limit that is never reached: gradients are kept until the norm is known, and every guess is right.
+        _Bench(engine, second_store, layouts, options.workers, 1e9) as clipping,
+    ):
+        seconds = take_turns({"step": bench.step, "clipping": clipping.step, "limit": bench.copy}, options.repeats)
     moved = sum(2 * (layout.weight_bytes + layout.state_bytes) for layout in layouts)
     parameters = sum(layout.num_parameters for layout in layouts)
     return {
         "ratio": median_ratio(seconds["limit"], seconds["step"]),
+        "clipping_ratio": median_ratio(seconds["clipping"], seconds["step"]),
         "num_parameters": parameters,
         "moment_dtype": options.moment_dtype,
         "num_workers": options.workers,
@@ -85,10 +89,15 @@ def describe(result: dict[str, Any]) -> str:
     """The result for people."""
     lines = [
         f"ratio to the limit  {result['ratio']:.3f}",
+        f"clipping that never triggers: {result['clipping_ratio']:.3f} of a step without",
         f"{result['num_parameters'] / 1e6:.1f}M parameters, {result['moment_dtype']} moments, {result['num_workers']} workers, "
         f"{result['bytes_per_parameter']:.2f} B a parameter and step; {result['io']}",
     ]
-    for name, text in (("step", "optimizer step"), ("limit", "reads and writes alone")):
+    for name, text in (
+        ("step", "optimizer step"),
+        ("clipping", "with clipping"),
+        ("limit", "reads and writes alone"),
+    ):
         measured = result[name]
         lines.append(
             f"{text:<22}  {measured['seconds']:.3f} s  {measured['bytes_per_second'] / 1e9:.2f} GB/s  "
@@ -100,7 +109,14 @@ def describe(result: dict[str, Any]) -> str:
 class _Bench:
     """A store of shards, the optimizer over it, and the same transfers with nothing done to the bytes."""
 
-    def __init__(self, engine: Engine, store: Store, layouts: list[ShardLayout], num_workers: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        store: Store,
+        layouts: list[ShardLayout],
+        num_workers: int,
+        max_grad_norm: float | None,
+    ) -> None:
         import torch
 
         from io_engine import BufferPool, ExtentSpec
@@ -122,7 +138,8 @@ class _Bench:
 
         first = layouts[0]
         self._weights = pool("weights", WEIGHT_BUFFERS, first.weight_bytes)
-        self._gradients = pool("gradients", GRADIENT_BUFFERS, first.gradient_bytes)
+        num_gradients = GRADIENT_BUFFERS if max_grad_norm is None else len(layouts) + GRADIENT_BUFFERS
+        self._gradients = pool("gradients", num_gradients, first.gradient_bytes)
         self._records = pool("records", RECORD_BUFFERS, first.full_record_bytes)
         self._copied = pool("copies", NUM_COPIES, first.full_record_bytes)
         self._copies = [self._copied.acquire(first.full_record_bytes) for _ in range(NUM_COPIES)]
@@ -139,7 +156,8 @@ class _Bench:
             records=self._records,
             gradients=self._gradients,
             early=frozenset(layout.name for layout in layouts),
-            waiting={layout.name: "free" for layout in layouts},
+            waiting={layout.name: "free" if max_grad_norm is None else "host" for layout in layouts},
+            max_grad_norm=max_grad_norm,
             num_workers=num_workers,
             load_shard=lambda _name: None,
             drop_resident_weights=lambda: None,
@@ -206,7 +224,10 @@ class _Bench:
                     slot = self._optimizer.slot_of(layout.name)
                     yield store.extent(name, slot).sub(*part), store.extent(name, 1 - slot).sub(*part)
 
-    def close(self) -> None:
+    def __enter__(self) -> _Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """Give everything back."""
         self._optimizer.close()
         for buffer in self._copies:

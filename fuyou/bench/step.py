@@ -1,0 +1,282 @@
+"""`fuyou bench step`: a whole training step beside its own parts, and beside the same model held in memory by torch.
+
+The limit is what no schedule can beat: the longer of the step's transfers alone, and its compute and arithmetic
+without transfers (on a CPU both share the cores). The plan's prediction stands beside what was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fuyou.bench import MIN_REPEATS, median_ratio, spread, take_turns
+from fuyou.errors import ConfigError
+
+if TYPE_CHECKING:
+    from io_engine import Extent, Transfer
+
+SUMMARY = "a training step beside its transfers alone, its compute alone, and torch in memory"
+
+SHAPES = {  # hidden, intermediate, layers, heads; untied, a vocabulary of 256
+    "26M": (512, 1408, 8, 8),
+    "85M": (768, 2048, 12, 12),
+    "206M": (1024, 2816, 16, 16),
+    "567M": (1536, 4096, 20, 16),
+}
+NUM_COPIES = 8
+COPY_BYTES = 16 << 20
+"""Of a transfer of the limit; more of them under way than a step has."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.add_argument("directory", nargs="?", default=".", help="a directory on the drive to measure (here)")
+    parser.add_argument("--size", choices=SHAPES, default="206M", help="parameters of a Llama (206M)")
+    parser.add_argument("--rows", type=int, default=2, help="rows of a step (2)")
+    parser.add_argument("--length", type=int, default=40, help="tokens of a row (40)")
+    parser.add_argument("--device", default=None, help="cuda or cpu (cuda if there is one)")
+    parser.add_argument(
+        "--compute-dtype", choices=("bfloat16", "float32"), default=None, help="(bfloat16; float32 on a CPU)"
+    )
+    parser.add_argument("--host-memory", default="1GiB", metavar="SIZE", help="budget (1GiB)")
+    parser.add_argument("--repeats", type=int, default=MIN_REPEATS, help=f"rounds ({MIN_REPEATS})")
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure; blocks for minutes. Makes stores in a temporary folder of the directory."""
+    import torch
+
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {device}: torch {torch.__version__} sees no CUDA device; use --device cpu")
+    dtype = options.compute_dtype or ("float32" if device == "cpu" else "bfloat16")
+    with tempfile.TemporaryDirectory(prefix="fuyou-bench-", dir=options.directory) as folder:
+        return _measure(Path(folder), options, device, dtype)
+
+
+def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any) -> dict[str, Any]:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    import fuyou
+
+    hidden, intermediate, layers, heads = SHAPES[options.size]
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=max(2048, options.length),
+        tie_word_embeddings=False,
+    )
+    hardware = fuyou.measure_hardware(folder, device, dtype)
+    ids = torch.randint(0, 256, (options.rows, options.length), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids.to(device), "labels": ids.to(device)}
+
+    def streamed(name: str, host_memory: str) -> Any:
+        offload = fuyou.OffloadConfig(store=folder / name, device=device, compute_dtype=dtype, host_memory=host_memory)
+        model = fuyou.from_config(config, offload=offload, seed=0)
+        return model, fuyou.AdamW(model, lr=1e-4, max_grad_norm=1e9)
+
+    ours, optimizer = streamed("store", options.host_memory)
+    # All in host memory, and what would be written is dropped: compute and arithmetic as in a step, no transfer.
+    whole, whole_optimizer = streamed("memory", "64GiB")
+    plain = LlamaForCausalLM(config).to(device=device, dtype=getattr(torch, dtype)).train()
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4, fused=True)
+    losses: dict[str, list[float]] = {"step": [], "in_memory": []}
+
+    def step_of(model: Any, stepper: Any, name: str | None) -> None:
+        loss = model(**batch).loss
+        loss.backward()
+        if model is plain:
+            torch.nn.utils.clip_grad_norm_(plain.parameters(), 1e9)
+        stepper.step()
+        stepper.zero_grad()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        if name is not None:
+            losses[name].append(float(loss.detach()))
+
+    with ours.fuyou, whole.fuyou:
+        for _ in range(2):  # what is kept in memory is there afterwards
+            step_of(ours, optimizer, None)
+            step_of(whole, whole_optimizer, None)
+        ours.fuyou.flush()
+        whole.fuyou.flush()
+        copies = _Copies(ours)
+        # Nothing may be written there any more: what is committed from here on was never on the drive.
+        with _no_writes(whole), copies:
+            seconds = take_turns(
+                {
+                    "step": lambda: step_of(ours, optimizer, "step"),
+                    "transfers": copies.run,
+                    "compute": lambda: step_of(whole, whole_optimizer, None),
+                    "in_memory": lambda: step_of(plain, plain_optimizer, "in_memory"),
+                },
+                options.repeats,
+            )
+            whole.fuyou.abandon()
+        metrics = ours.fuyou.step_metrics()
+        predicted = ours.fuyou.plan
+        moved = copies.bytes_read, copies.bytes_written
+    limit = [max(a, b) for a, b in zip(seconds["transfers"], seconds["compute"], strict=True)]
+    num_parameters = sum(p.numel() for p in plain.parameters())
+    simulated = _simulated(predicted, hardware, ids.numel())
+    return {
+        "ratio": median_ratio(seconds["step"], limit),
+        "beside_in_memory": median_ratio(seconds["in_memory"], seconds["step"]),
+        "size": options.size,
+        "num_parameters": num_parameters,
+        "num_tokens": ids.numel(),
+        "tokens_per_second": ids.numel() / statistics.median(seconds["step"]),
+        "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
+        "compute_dtype": dtype,
+        "host_memory": options.host_memory,
+        "bytes_read": moved[0],
+        "bytes_written": moved[1],
+        "predicted_seconds": simulated,
+        "prediction_error": simulated / statistics.median(seconds["step"]) - 1,
+        "limiting_lane": metrics["limiting_lane"],
+        "peak_gpu_bytes": metrics["peak_gpu_bytes"],
+        "peak_host_bytes": metrics["peak_host_bytes"],
+        "learns": all(values[-1] < values[0] for values in losses.values()),
+        "torch": torch.__version__,
+    } | {name: {"seconds": statistics.median(values), "spread": spread(values)} for name, values in seconds.items()}
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The result for people."""
+    lines = [
+        f"step / limit        {result['ratio']:.3f}   (the longer of transfers alone and compute alone)",
+        f"torch in memory / step  {result['beside_in_memory']:.3f}",
+        f"{result['size']} parameters, {result['num_tokens']} tokens, {result['compute_dtype']} on {result['device']}, "
+        f"{result['tokens_per_second']:.0f} tokens/s, limited by {result['limiting_lane']}",
+        f"predicted {result['predicted_seconds']:.3f} s ({100 * result['prediction_error']:+.0f} %)",
+    ]
+    for name, text in (
+        ("step", "step"),
+        ("transfers", "transfers alone"),
+        ("compute", "compute and Adam alone"),
+        ("in_memory", "torch in memory"),
+    ):
+        lines.append(f"{text:<24}{result[name]['seconds']:.3f} s  +-{100 * result[name]['spread']:.0f} %")
+    return "\n".join(lines)
+
+
+def _simulated(plan: Any, hardware: Any, num_tokens: int) -> float:
+    from fuyou.planner import predict
+
+    return predict(plan.blocks, hardware, num_tokens, plan.prefetch_depth).seconds
+
+
+class _NoWrites:
+    """An engine whose writes are done at once, and leave the file as it was."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def write(self, extent: Extent, array: Any) -> Transfer:
+        """Done."""
+        from io_engine import Transfer
+
+        transfer = Transfer("write", extent, array, 0.0)
+        transfer.mark_done(None, 0.0)
+        return transfer
+
+    def sync(self, _path: str) -> None:
+        """Nothing was written."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
+@contextlib.contextmanager
+def _no_writes(model: Any) -> Iterator[None]:
+    """Inside, a model's steps move nothing to the drive."""
+    tracing = model.fuyou._engine
+    engine, tracing._engine = tracing._engine, _NoWrites(tracing._engine)
+    try:
+        yield
+    finally:
+        tracing._engine = engine
+
+
+class _Copies:
+    """The transfers of one of a model's steps, between buffers and the store's own extents, with no work between.
+
+    Writes go to the slots that the next step writes anyway.
+    """
+
+    def __init__(self, model: Any) -> None:
+        runtime = model.fuyou
+        self._engine, self._store, self._runtime = runtime._engine, runtime.store, runtime
+        self.bytes_read = self.bytes_written = 0
+
+    def __enter__(self) -> _Copies:
+        from io_engine import BufferPool
+        from io_engine.buffers import size_class_bytes
+
+        self._pool = BufferPool(NUM_COPIES * size_class_bytes(COPY_BYTES), name="copies")
+        self._buffers = [self._pool.acquire(COPY_BYTES) for _ in range(NUM_COPIES)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for buffer in self._buffers:
+            buffer.release()
+        self._pool.close()
+
+    def run(self) -> None:
+        """Forward's reads, then backward's with what is written beside them; blocks until all is done, sync included."""
+        self._runtime.flush()
+        forward, backward, writes = self._tasks()
+        self._move([("read", extent) for extent in forward])
+        mixed: list[tuple[str, Extent]] = []
+        ratio = len(writes) / max(1, len(backward))
+        for number, extent in enumerate(backward):
+            mixed.append(("read", extent))
+            mixed += [("write", e) for e in writes[int(number * ratio) : int((number + 1) * ratio)]]
+        mixed += [("write", e) for e in writes[int(len(backward) * ratio) :]]
+        self._move(mixed)
+        for path in {segment.path for extent in writes for segment in extent.segments}:
+            self._engine.sync(path)
+        self.bytes_read = sum(e.num_bytes for e in (*forward, *backward))
+        self.bytes_written = sum(e.num_bytes for e in writes)
+
+    def _tasks(self) -> tuple[list[Extent], list[Extent], list[Extent]]:
+        forward: list[Extent] = []
+        backward: list[Extent] = []
+        writes: list[Extent] = []
+        for block in self._runtime.plan.blocks:
+            layout = self._runtime.layouts[block.name]
+            slot = self._store.active_slot(layout.weight_name)
+            weights = _pieces(self._store.extent(layout.weight_name, slot))
+            states = _pieces(self._store.extent(layout.state_name, slot))
+            if not block.weights_in_host:
+                forward += weights
+                backward += weights * (block.num_weight_reads() - 1)
+            backward += [] if block.states_in_host else states
+            for name in (layout.weight_name, layout.state_name):
+                writes += _pieces(self._store.extent(name, 1 - slot))
+        return forward, backward, writes
+
+    def _move(self, tasks: list[tuple[str, Extent]]) -> None:
+        under_way: list[Any] = []
+        for number, (kind, extent) in enumerate(tasks):
+            if len(under_way) == len(self._buffers):
+                under_way.pop(0).wait()
+            array = self._buffers[number % len(self._buffers)].array[: extent.num_bytes]
+            under_way.append(getattr(self._engine, kind)(extent, array))
+        for transfer in under_way:
+            transfer.wait()
+
+
+def _pieces(extent: Extent) -> list[Extent]:
+    return [
+        extent.sub(begin, min(COPY_BYTES, extent.num_bytes - begin)) for begin in range(0, extent.num_bytes, COPY_BYTES)
+    ]

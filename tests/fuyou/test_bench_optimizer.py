@@ -1,0 +1,54 @@
+"""`fuyou bench optimizer` and `fuyou bench step` on small things: what they report adds up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fuyou.bench.step
+from fuyou.cli import main
+
+
+@pytest.mark.parametrize(("moment_dtype", "bytes_per_parameter"), [("float32", 24.0), ("int8", 12.06)])
+def test_bench_optimizer(moment_dtype: str, bytes_per_parameter: float, tmp_path: Path, capsys: Any) -> None:
+    arguments = ["--parameters", "1e6", "--repeats", "2", "--moment-dtype", moment_dtype]
+    assert main(["bench", "optimizer", str(tmp_path), *arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    # The weights are read once here, by what stands for the backward pass.
+    assert found["bytes_per_parameter"] == pytest.approx(bytes_per_parameter, rel=0.01)
+    for name in ("step", "clipping", "limit"):
+        assert found[name]["bytes_per_second"] == pytest.approx(found["bytes_moved"] / found[name]["seconds"])
+    assert found["ratio"] > 0
+    assert list(tmp_path.iterdir()) == []
+    assert main(["bench", "optimizer", str(tmp_path), *arguments]) == 0
+    assert "ratio to the limit" in capsys.readouterr().out
+
+
+def test_bench_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setitem(fuyou.bench.step.SHAPES, "26M", (64, 128, 2, 2))
+    arguments = [
+        "--size",
+        "26M",
+        "--repeats",
+        "2",
+        "--device",
+        "cpu",
+        "--host-memory",
+        "32MiB",
+        "--rows",
+        "1",
+        "--length",
+        "8",
+    ]
+    assert main(["bench", "step", str(tmp_path), *arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["learns"]
+    assert found["num_tokens"] == 8
+    # Float32 compute: 28 B a parameter and step where nothing is kept; the budget keeps some.
+    assert 12 * found["num_parameters"] <= found["bytes_written"] <= 13 * found["num_parameters"] + 2**16
+    assert 0 <= found["bytes_read"] <= 16 * found["num_parameters"] + 2**16
+    assert found["predicted_seconds"] > 0
+    assert list(tmp_path.iterdir()) == []
