@@ -69,7 +69,7 @@ class HeldGradient:
         return None if self._gradient is None else self._gradient.array
 
     def use(self) -> Callable[[], None]:
-        """Keep the memory until the function that is returned is called, once; None to keep is no error."""
+        """Keep the memory, if there is any yet, until the function that is returned is called, once."""
         if self._gradient is None:
             return _nothing
         with self._lock:

@@ -191,7 +191,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._start_pending()
         held = self._held
         if not held:
-            self._given.clear()  # of backward passes that gave no gradient at all
+            # Of backward passes that gave no gradient at all.
+            self._given, self._refusal = set(), None
             return loss
         grad_norm = self.grad_norm()
         skipped, scale, updates, redone = self._refusal, 1.0, {}, frozenset[str]()
@@ -250,6 +251,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._check_open()
         self._finish_arrivals()
         self.raise_if_broken()
+        if not self._held:
+            self._given.clear()  # of backward passes that gave no gradient at all: there is nothing to add to
+            return
         if any(self._waiting[shard] == "free" for shard in self._given):
             raise RuntimeError(
                 "a second forward pass with gradients before optimizer.step(): the first one's gradients are given back "
@@ -331,12 +335,15 @@ class OffloadedAdamW(torch.optim.Optimizer):
             raise RuntimeError("gradients wait for optimizer.step(): call step() or zero_grad() before editing states")
         target = 1 - self._slots[shard.name]
         checksums = self._states.rewrite(shard, slot, 1 - target, target, values)
+        state: dict[str, Any] = self._store.state
+        optimizer: dict[str, Any] = state.get("optimizer", {})
         with self._whole_or_broken(f"the change of {name}"):
             self._store.commit(
                 step=self._store.step,
                 slots=dict.fromkeys(checksums, target),
                 checksums=checksums,
-                state=self._store.state,
+                # With the counts: from here on this shard counts as written, and what it missed is told by them alone.
+                state=state | {"optimizer": optimizer | self._counts.to_json()},
             )
             self._slots[shard.name] = target
             self._forget_in_memory([shard.name])

@@ -60,11 +60,12 @@ class StepResult:
     skipped: str | None
     """Why the step changed nothing, or None."""
     window: Literal["backward", "forward"]
-    """Where updates ran that could: in the backward pass, or after the step because clipping was frequent."""
+    """"backward" if some update began in the backward pass, else "forward": none was planned, clipping was frequent lately,
+    or a second backward pass added to the first."""
     num_redone: int
     """Shards whose early update was a wrong guess."""
     bytes_spilled: int
-    """Gradient bytes written to scratch files and read back."""
+    """Gradient bytes written to scratch files and read back, for the gradients of this step."""
 
 
 @dataclasses.dataclass(frozen=True)

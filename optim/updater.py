@@ -355,6 +355,8 @@ class ShardUpdater:
                     return None
                 job = self._queue.popleft()
             assert isinstance(job, UpdateJob)
+            # Of guesses that no step took up no barrier ever asks.
+            self._unfinished = [j for j in self._unfinished if not j.done.is_set() or j.error is not None]
             self._unfinished.append(job)
             if self._error is not None:
                 job.fail(self._error)

@@ -87,7 +87,8 @@ def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any)
     ours, optimizer = streamed("store", options.host_memory)
     # All in host memory, and what would be written is dropped: compute and arithmetic as in a step, no transfer.
     whole, whole_optimizer = streamed("memory", "64GiB")
-    plain = LlamaForCausalLM(config).to(device=device, dtype=getattr(torch, dtype)).train()
+    plain: Any = LlamaForCausalLM(config)
+    plain.to(device=device, dtype=getattr(torch, dtype)).train()
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4, fused=True)
     losses: dict[str, list[float]] = {"step": [], "in_memory": []}
 

@@ -84,7 +84,10 @@ class WeightStream:
 
     def acquire(self, name: str) -> LoadedShard:
         """The shard's weights, ready to compute with; blocks until they are. `release` it after use."""
-        if self.optimizer is not None:
+        with self._lock:
+            loaded = self._loaded.get(name)
+            read_ahead = loaded is not None and loaded.prefetched
+        if self.optimizer is not None and not read_ahead:
             # Outside the lock: the update that is waited for gives its buffer back through `release`.
             self.optimizer.wait_written(name)
         with self._lock:
@@ -101,7 +104,10 @@ class WeightStream:
         try:
             shard.wait()
         except BaseException:
-            self.release(shard)
+            with self._lock:
+                shard.num_references -= 1
+                # Interrupted: the read may be under way, and the buffer must not go back before its end.
+                self._forget(shard)
             raise
         if shard.device_weights is None:
             shard.device_weights, shard.uploaded = self._device.upload(shard.host_tensor())

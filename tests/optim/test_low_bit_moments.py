@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from io_engine import Store, Transfer
 from optim import AdamWScalars, kernels
 from tests.optim.harness import (
     SHAPES,
@@ -176,6 +177,75 @@ def test_states_may_be_edited(dtype: str, moment_dtype: str, lazy: LazyDrive, tm
     after = trainer.optimizer.state_of("l1.weight")
     assert not torch.equal(after.master, master)
     assert torch.allclose(after.master, master, atol=0.1)
+    trainer.close()
+
+
+@pytest.mark.parametrize("moment_dtype", ["float32", *LOW_BIT])
+def test_editing_one_value_leaves_the_others(moment_dtype: str, lazy: LazyDrive, tmp_path: Path) -> None:
+    """Also moments that have less than float32: what they decode to is encoded as it was."""
+    trainer = Trainer(tmp_path / "s", lazy, window="backward", moment_dtype=moment_dtype)
+    for step in range(3):
+        trainer.train(random_gradients(step))
+    for name in ("l1.weight", "embed", "norm"):
+        before = trainer.optimizer.state_of(name)
+        trainer.optimizer.set_state(name, master=before.master)
+        after = trainer.optimizer.state_of(name)
+        assert torch.equal(after.master, before.master)
+        assert torch.equal(after.exp_avg, before.exp_avg)
+        assert torch.equal(after.exp_avg_sq, before.exp_avg_sq)
+    trainer.close()
+
+
+def test_an_edit_commits_how_many_updates_a_parameter_missed(lazy: LazyDrive, tmp_path: Path) -> None:
+    """A shard that is trained for the first time later: its checksum is committed with the edit, so its count must be."""
+    first = Trainer(tmp_path / "s", lazy, window="backward")
+    for step in range(3):
+        first.train({name: g for name, g in random_gradients(step).items() if name != "norm"})
+    first.close()
+    with Store.open(tmp_path / "s", engine=lazy) as store:  # as if the epilogue had been frozen until now
+        assert "epilogue/state" not in store.checksums
+        state: Any = store.state
+        del state["optimizer"]["missed"]["norm"]
+        store.commit(step=store.step, slots={}, checksums={}, state=state)
+    for _ in range(2):
+        trainer = Trainer(tmp_path / "s", lazy, window="backward")
+        assert trainer.optimizer.state_of("norm").step == 0
+        trainer.optimizer.set_state("norm", exp_avg=torch.zeros(100))
+        assert trainer.optimizer.state_of("norm").step == 0
+        trainer.close()
+
+
+@pytest.mark.parametrize("kind", ["read", "write"])
+def test_ctrl_c_while_a_state_is_read_or_edited(
+    kind: str, lazy: LazyDrive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The buffer goes back when the transfer has ended, not before."""
+    trainer = Trainer(tmp_path / "s", lazy, window="backward")
+    trainer.train(random_gradients(0))
+    trainer.optimizer.flush()
+    transfers: list[Transfer] = []
+    real = getattr(lazy, kind)
+
+    def interrupted(extent: Any, array: Any) -> Transfer:
+        transfer: Transfer = real(extent, array)
+        wait = transfer.wait
+
+        def once(timeout_seconds: float | None = None) -> None:
+            if not transfers:
+                transfers.append(transfer)
+                raise KeyboardInterrupt
+            wait(timeout_seconds)
+
+        monkeypatch.setattr(transfer, "wait", once)
+        return transfer
+
+    monkeypatch.setattr(lazy, kind, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.optimizer.set_state("embed", exp_avg=torch.zeros(97, 64))
+    assert transfers[0].done()
+    monkeypatch.undo()
+    trainer.optimizer.set_state("embed", exp_avg=torch.zeros(97, 64))
+    assert trainer.store.verify() == []
     trainer.close()
 
 

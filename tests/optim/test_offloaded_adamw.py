@@ -815,6 +815,32 @@ def test_shards_that_a_forward_pass_skips(window: Window, engine: Engine, tmp_pa
     trainer.close()
 
 
+def test_accumulating_onto_nothing(lazy: LazyDrive, tmp_path: Path) -> None:
+    """After a backward pass that failed before its first block: the next one is an ordinary one, early updates included."""
+    trainer = Trainer(tmp_path / "s", lazy, window="backward", gradient_bytes=1 << 16)
+    plain = PlainAdamW(initial_masters())
+    trainer.train(random_gradients(0))
+    plain.step(random_gradients(0))
+    trainer.optimizer.accumulate()
+    trainer.optimizer.zero_grad()
+    trainer.train(random_gradients(1))
+    plain.step(random_gradients(1))
+    assert trainer.optimizer.last_step is not None
+    assert trainer.optimizer.last_step.window == "backward"
+    trainer.check(plain)
+    trainer.close()
+
+
+def test_guesses_that_no_step_takes_are_forgotten(lazy: LazyDrive, tmp_path: Path) -> None:
+    """Many backward passes thrown away leave no list that grows."""
+    trainer = Trainer(tmp_path / "s", lazy, window="backward")
+    for step in range(6):
+        trainer.backward(random_gradients(step))
+        trainer.optimizer.zero_grad()
+    assert len(trainer.optimizer._updater._unfinished) <= len(SHAPES)
+    trainer.close()
+
+
 def test_refused_steps_change_nothing(lazy: LazyDrive, tmp_path: Path) -> None:
     """Whoever knows of a loss that is no number says so before step(); zero_grad() takes it back."""
     trainer = Trainer(tmp_path / "s", lazy, window="backward", kept=True)
