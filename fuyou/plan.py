@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, Final, Literal
 
 from fuyou.config import format_bytes
 from fuyou.errors import ConfigError
+
+Activations = str | dict[int, str]
+"""See `BlockPlan.activations`."""
+ACTIVATION_PLACES: Final = ("recompute", "keep", "host", "ssd")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +33,31 @@ class BlockPlan:
     """When its update runs: as soon as its gradient is whole, or on the way to its next forward pass."""
     gradient: Literal["host", "spill", "free"]
     """Where the gradient is kept until the step; "free": nowhere, its memory is free when the early update is through."""
-    activations: Literal["recompute"] = "recompute"
+    activations: Activations = "recompute"
+    """What becomes of what a layer computes until its backward pass: "recompute" keeps its input alone and computes the
+    layer again; "keep" (on the device), "host" (pooled host memory) and "ssd" (scratch files) let the outputs of matrix
+    products and attention wait there. Or one of these words by number of operation, "recompute" for those not named;
+    `model.fuyou.list_ops` lists the numbers. No choice changes a bit of the result."""
     num_borrowers: int = 0
     """Other blocks that compute with its weights too (tied embeddings)."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.activations, Mapping):
+            # JSON makes strings of the numbers.
+            object.__setattr__(self, "activations", {_op_number(n): place for n, place in self.activations.items()})
+            places = list(self.activations.values())
+        else:
+            places = [self.activations]
+        wrong = [place for place in places if place not in ACTIVATION_PLACES]
+        if wrong:
+            raise ConfigError(
+                f'plan: activations={wrong[0]!r} of {self.name}: choose "recompute", "keep", "host" or "ssd", or one of them '
+                "for each number of an operation"
+            )
+        if self.kind != "layer" and any(place != "recompute" for place in places):
+            raise ConfigError(
+                f'plan: activations={self.activations!r} of {self.name}: only decoder layers have a choice, leave "recompute"'
+            )
 
     def num_weight_reads(self) -> int:
         """How often a steady step reads the weights from the drive."""
@@ -40,6 +67,15 @@ class BlockPlan:
         # at once; only an update in the backward window needs its weights again.
         once = self.kind == "epilogue" and (self.update_window == "forward" or not self.trainable)
         return (1 if once else 2) + self.num_borrowers
+
+
+def _op_number(text: Any) -> int:
+    try:
+        if isinstance(text, (int, str)) and int(text) >= 0:
+            return int(text)
+    except ValueError:
+        pass
+    raise ConfigError(f"plan: activations name operation {text!r}: operations have numbers from 0")
 
 
 @dataclasses.dataclass(frozen=True)

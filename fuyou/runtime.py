@@ -7,18 +7,20 @@ import functools
 import inspect
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fuyou.blocks import PROLOGUE, Block, ModelBlocks
 from fuyou.config import OffloadConfig, format_bytes
 from fuyou.errors import ConfigError, DataError, ModelError, PlanError
 from fuyou.executor.activations import ActivationStore
 from fuyou.executor.device import Device, make_device
-from fuyou.executor.step import ForwardRecord, StepExecutor
+from fuyou.executor.ops import Op
+from fuyou.executor.step import ForwardRecord, Output, StepExecutor
 from fuyou.executor.weights import WeightStream
 from fuyou.exporting import export_checkpoint
 from fuyou.hardware import cached_hardware
@@ -26,8 +28,10 @@ from fuyou.memory import MemoryMeter
 from fuyou.plan import Plan
 from fuyou.planner import least_memory, pooled_bytes, predict
 from fuyou.planning import plan_for, shard_sizes
+from fuyou.simulator import simulate_step
 from fuyou.streamed_adamw import StreamedAdamW
 from fuyou.trace import Trace, TracingEngine
+from fuyou.trace_files import save_traces
 from io_engine import (
     Buffer,
     BufferPool,
@@ -64,12 +68,23 @@ class Runtime:
         self.blocks = blocks
         self.layouts = dict(layouts)
         self.optimizer: StreamedAdamW | None = None
+        self.outputs_mode = False
+        """Whether calls with labels return outputs that carry gradients, too. What a training call of the model returns:
+
+        * with labels, the loss alone ("loss mode"): logits are gone part by part, micro-batches of an accumulated step run
+          together, and one micro-batch's logits exist at a time;
+        * without labels, or if this is True, the model's ordinary output ("outputs mode"), for losses computed outside of
+          it: every floating-point tensor in it (logits, hidden_states and the like if asked for, the loss if there are
+          labels) carries its gradient. Call backward() once, before the next forward pass that is not under no_grad; each
+          call is a pass over the weights of its own, and several before optimizer.step() add up. A batch of more than
+          micro_batch_size rows is split and joined again along dimension 0; a scalar (loss, aux_loss) is the mean of its
+          parts', by label tokens, or by rows without labels. Do not write into hidden_states."""
         self._model = model
         self._engine = TracingEngine(engine, trace)
         self._device_name = device
         self._seed = seed
         self._micro_batch_size = micro_batch_size
-        self._hardware = cached_hardware(config.store_directories[0], device, config.compute_dtype)
+        self._hardware = cached_hardware(config.store_directories, device, config.compute_dtype)
         self.plan = self._make_plan(clipping=False)
         self._device: Device = make_device(device, trace)
         self._queued: list[tuple[Mapping[str, Any], float]] = []
@@ -80,7 +95,9 @@ class Runtime:
         self._closed = False
         self._metrics: dict[str, Any] = {}
         self._step_started = time.perf_counter()
-        self._step_loss, self._step_tokens = 0.0, 0
+        self._step_loss: float | None = 0.0
+        """None if a loss of this step was computed outside of the model."""
+        self._step_tokens = 0
         self._counted = (0, 0)
         self._pools: list[BufferPool] = []
         self._weights: WeightStream
@@ -118,7 +135,6 @@ class Runtime:
     def flush(self) -> None:
         """Block until every optimizer step taken is committed."""
         with self._uninterrupted("flush()"):
-            self._executor.discard()
             if self.optimizer is not None:
                 self.optimizer.flush()
 
@@ -132,6 +148,7 @@ class Runtime:
         try:
             if self._cut_short() is None:
                 self.flush()
+                self._save_traces()
         finally:
             self.abandon()
 
@@ -166,6 +183,20 @@ class Runtime:
     def step_metrics(self) -> dict[str, Any]:
         """Figures of the last optimizer step, as in a line of metrics.jsonl; empty before the first."""
         return dict(self._metrics) | ({"committed_step": self.committed_step} if self._metrics else {})
+
+    def list_ops(self, **batch: Any) -> dict[str, tuple[Op, ...]]:
+        """What each decoder layer computes for one micro-batch: the numbers that `BlockPlan.activations` may name.
+
+        `batch` are arguments of the model's forward, of which the first micro_batch_size rows are used; the model is run in
+        the mode (train or eval) that it is in. The numbers hold for every batch as long as the model takes the same path;
+        where a later micro-batch runs another operation under a number, that one is computed again. Layers that no
+        gradient reaches are left out. Blocks while one forward pass runs.
+        """
+        self._check_usable()
+        with self._uninterrupted("list_ops()"), self._weights_of_last_step(), torch.enable_grad():
+            arguments = self._on_device(batch)
+            self._check_tokens(arguments)
+            return self._executor.list_ops(self._rows(arguments)[0] | {"use_cache": False})
 
     def export(self, folder: str) -> None:
         """Write the current weights as a plain transformers checkpoint, block by block; flushes first."""
@@ -303,7 +334,7 @@ class Runtime:
         self._activations = ActivationStore(
             pool=activations, engine=self._engine, scratch=self.store.scratch, device=self._device
         )
-        self._executor.use(self._weights, self._activations)
+        self._executor.use(self._weights, self._activations, {b.name: b.activations for b in plan.blocks})
 
     def _load_shard(self, name: str) -> None:
         """Bring a shard in as a forward pass would; an update that is pending for it begins."""
@@ -360,10 +391,7 @@ class Runtime:
                 arguments |= value
             elif name != "self":
                 arguments[name] = value
-        arguments = {
-            name: value.to(self._device.torch_device) if isinstance(value, torch.Tensor) else value
-            for name, value in arguments.items()
-        }
+        arguments = self._on_device(arguments)
         self._check_tokens(arguments)
         if not torch.is_grad_enabled():
             return self._infer(arguments)
@@ -375,18 +403,21 @@ class Runtime:
         with self._uninterrupted("a forward pass"):
             return self._train(arguments)
 
+    def _on_device(self, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            name: value.to(self._device.torch_device) if isinstance(value, torch.Tensor) else value
+            for name, value in arguments.items()
+        }
+
     def _train(self, arguments: dict[str, Any]) -> Any:
         assert self.optimizer is not None
-        if arguments.get("labels") is None:
-            raise ModelError(
-                "training needs labels in the call (model(input_ids=..., labels=...)): losses computed outside of the model are "
-                "not supported by this version. For outputs without gradients use torch.no_grad()"
-            )
         if torch.is_autocast_enabled(self._device.torch_device.type) and (
             torch.get_autocast_dtype(self._device.torch_device.type) == torch.float16
         ):
             raise ConfigError("float16 autocast needs a gradient scaler, which is not supported: use bfloat16")
         arguments["use_cache"] = False
+        if self.outputs_mode or arguments.get("labels") is None:
+            return self._train_on_outputs(arguments)
         arguments.pop("return_dict", None)
         calls = [(part, weight) for part, weight in self._split(arguments) if weight]
         if not calls:
@@ -403,20 +434,69 @@ class Runtime:
             zero = _QueuedLoss.apply(self._executor.anchor, self._queued_scales)  # type: ignore[no-untyped-call]
             return self._output(type(None), zero)
         calls, self._queued = [*self._queued, *calls], []
+        step, first = self._begin_pass(len(calls))
+        record = self._executor.forward(calls, step=step, first=first)
+        loss = _Loss.apply(self._executor.anchor, self, record)  # type: ignore[no-untyped-call]
+        record.reported_loss, record.num_tokens = float(record.loss), sum(_num_tokens(call) for call, _ in calls)
+        return self._output(record.output_type, loss)
+
+    def _train_on_outputs(self, arguments: dict[str, Any]) -> Any:
+        """See `outputs_mode`."""
+        parts = self._rows(arguments)
+        if arguments.get("labels") is not None:
+            weights = [weight for _, weight in self._split(arguments)]
+        else:
+            weights = [_num_rows(part) / _num_rows(arguments) for part in parts]
+        step, first = self._begin_pass(len(parts))
+        record, outputs = self._executor.forward_outputs(parts, step=step, first=first)
+        flat = [tree_flatten(output) for output in outputs]
+        values = [leaf.value for leaves, _ in flat for leaf in leaves if isinstance(leaf, Output)]
+        if not values:
+            raise ModelError("the model's outputs depend on no trainable parameter: there is nothing to train")
+        carrying = iter(_Outputs.apply(self._executor.anchor, self, record, values))  # type: ignore[no-untyped-call]
+        del values
+        joined = _joined(
+            [[next(carrying) if isinstance(leaf, Output) else leaf for leaf in leaves] for leaves, _ in flat], weights
+        )
+        output = tree_unflatten(joined, flat[0][1])
+        loss = getattr(output, "loss", None)
+        record.reported_loss = float(loss.detach()) if isinstance(loss, torch.Tensor) else None
+        record.num_tokens = sum(map(_num_tokens, parts))
+        return output
+
+    def _begin_pass(self, num_micro_batches: int) -> tuple[int, int]:
+        """Get ready for a forward pass with gradients; its step, and the number in it of the first micro-batch."""
+        assert self.optimizer is not None
         self.optimizer.raise_if_broken()
         self._executor.discard()
         if self._gradients_wait():
             self.optimizer.accumulate()
         step = self.optimizer.step_count
         first = self._micro_batches_of_step[1] if self._micro_batches_of_step[0] == step else 0
-        self._micro_batches_of_step = (step, first + len(calls))
-        record = self._executor.forward(calls, step=step, first=first)
-        loss = _Loss.apply(self._executor.anchor, self, record)  # type: ignore[no-untyped-call]
-        self._step_loss += float(record.loss)
-        if not math.isfinite(self._step_loss):
+        self._micro_batches_of_step = (step, first + num_micro_batches)
+        return step, first
+
+    def _count(self, record: ForwardRecord) -> None:
+        """A backward pass begins: note it in its step's figures; a loss that is not finite makes the step a skipped one.
+
+        Not earlier: a forward pass that nobody calls backward() for belongs to no step.
+        """
+        assert self.optimizer is not None
+        if not self._gradients_wait():
+            self._step_loss, self._step_tokens = 0.0, 0
+        loss = record.reported_loss
+        self._step_loss = None if loss is None or self._step_loss is None else self._step_loss + loss
+        self._step_tokens += record.num_tokens
+        self._gradients_since = self.optimizer.num_steps_called
+        if self._step_loss is not None and not math.isfinite(self._step_loss):
             self.optimizer.refuse_step(f"the loss is {self._step_loss}")
-        self._step_tokens += sum(_num_tokens(call) for call, _ in calls)
-        return self._output(record.output_type, loss)
+
+    def _backward_outputs(self, record: ForwardRecord, gradients: Sequence[torch.Tensor | None]) -> None:
+        with self._uninterrupted("a backward pass"):
+            self._executor.check(record)
+            self._check_prologue_fits(record)
+            self._count(record)
+            self._executor.backward(record, 1.0, gradients)
 
     def _backward(self, record: ForwardRecord, scale: float) -> None:
         scales, self._queued_scales = self._queued_scales, []
@@ -426,9 +506,9 @@ class Runtime:
                 "alike"
             )
         with self._uninterrupted("a backward pass"):
+            self._executor.check(record)
             self._check_prologue_fits(record)
-            assert self.optimizer is not None
-            self._gradients_since = self.optimizer.num_steps_called
+            self._count(record)
             self._executor.backward(record, scale)
 
     def _check_prologue_fits(self, record: ForwardRecord) -> None:
@@ -505,25 +585,32 @@ class Runtime:
 
         One without label tokens has weight 0, and no loss that is a number.
         """
-        labels = arguments["labels"]
-        counts = _num_label_tokens(labels)
-        total = int(counts.sum())
-        rows, size = labels.shape[0], self._micro_batch_size
-        if size is None or rows <= size:
+        total = int(_num_label_tokens(arguments["labels"]).sum())
+        parts = self._rows(arguments)
+        if len(parts) == 1:
             return [(arguments, 1.0 if total else 0.0)]
         calls: list[tuple[Mapping[str, Any], float]] = []
-        for start in range(0, rows, size):
-            here = int(counts[start : start + size].sum())
-            piece = {
+        for part in parts:
+            here = int(_num_label_tokens(part["labels"]).sum())
+            # With a given number of items the model's loss is a sum over it already.
+            weight = 1.0 if here and arguments.get("num_items_in_batch") is not None else here / max(total, 1)
+            calls.append((part, weight))
+        return calls
+
+    def _rows(self, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The batch in parts of at most micro_batch_size rows; what has no row for each of its is in every part."""
+        rows, size = _num_rows(arguments), self._micro_batch_size
+        if size is None or rows <= size:
+            return [dict(arguments)]
+        return [
+            {
                 name: value[start : start + size]
                 if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == rows
                 else value
                 for name, value in arguments.items()
             }
-            # With a given number of items the model's loss is a sum over it already.
-            weight = 1.0 if here and arguments.get("num_items_in_batch") is not None else here / max(total, 1)
-            calls.append((piece, weight))
-        return calls
+            for start in range(0, rows, size)
+        ]
 
     def _check_tokens(self, arguments: Mapping[str, Any]) -> None:
         ids, labels = arguments.get("input_ids"), arguments.get("labels")
@@ -600,6 +687,17 @@ class Runtime:
             return None
         return predict(self.plan.blocks, self._hardware, self._step_tokens).seconds
 
+    def _save_traces(self) -> None:
+        """Leave the last steps' lanes beside the store, for `fuyou trace`; never a reason to fail."""
+        if not self.trace.steps:
+            return
+        tokens = self._metrics.get("num_tokens", 0)
+        predicted = (
+            None if self._hardware is None else simulate_step(self.plan.blocks, self._hardware, num_tokens=tokens)
+        )
+        with contextlib.suppress(OSError):
+            save_traces(self.config.store_directories[0], self.trace.steps, predicted)
+
     @contextlib.contextmanager
     def _block_on_host(self, name: str) -> Iterator[dict[str, torch.Tensor]]:
         shard = self._weights.acquire(name)
@@ -650,6 +748,40 @@ class _Loss(torch.autograd.Function):
         return None, None, None
 
 
+class _Outputs(torch.autograd.Function):
+    """A forward pass's outputs; their backward runs the model's, once, with the gradients of all of them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, _anchor: torch.Tensor, runtime: Runtime, record: ForwardRecord, values: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.runtime, ctx.record = runtime, record
+        ctx.set_materialize_grads(False)
+        return tuple(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        ctx.runtime._backward_outputs(ctx.record, gradients)
+        return None, None, None, None
+
+
+def _joined(parts: Sequence[Sequence[Any]], weights: Sequence[float]) -> list[Any]:
+    """The leaves of all parts' outputs as those of one: see `Runtime.outputs_mode`."""
+    if len(parts) == 1:
+        return list(parts[0])
+    joined: list[Any] = []
+    for leaves in zip(*parts, strict=True):
+        if not isinstance(leaves[0], torch.Tensor):
+            joined.append(leaves[0])
+        elif leaves[0].ndim:
+            joined.append(torch.cat(leaves))
+        else:
+            # A part without label tokens has no loss that is a number.
+            counted = [leaf * weight for leaf, weight in zip(leaves, weights, strict=True) if weight]
+            joined.append(sum(counted[1:], start=counted[0]) if counted else leaves[0])
+    return joined
+
+
 class _LossWithoutOptimizer(torch.autograd.Function):
     """A loss before there is an optimizer: a number to look at, an explanation for who calls backward()."""
 
@@ -691,8 +823,21 @@ def _num_label_tokens(labels: torch.Tensor) -> torch.Tensor:
     return (labels[:, 1:] != -100).sum(dim=1)
 
 
+def _num_rows(arguments: Mapping[str, Any]) -> int:
+    """Sequences in a batch."""
+    for name in ("labels", "input_ids", "inputs_embeds"):
+        value = arguments.get(name)
+        if isinstance(value, torch.Tensor):
+            return int(value.shape[0])
+    raise DataError("the model was called with neither input_ids nor inputs_embeds")
+
+
 def _num_tokens(arguments: Mapping[str, Any]) -> int:
     mask = arguments.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.ndim == 2:
         return int(mask.sum())
-    return int(arguments["labels"].numel())
+    ids = arguments.get("input_ids")
+    if isinstance(ids, torch.Tensor):
+        return int(ids.numel())
+    embeddings = arguments["inputs_embeds"]
+    return int(embeddings.shape[0] * embeddings.shape[1])

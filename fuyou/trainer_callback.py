@@ -91,10 +91,6 @@ class FuyouCallback(TrainerCallback):
 def _check_arguments(args: Any) -> None:
     if args.fp16:
         raise ConfigError("fp16=True needs a gradient scaler, which is not supported: use bf16=True or neither")
-    if args.label_smoothing_factor:
-        raise ConfigError(
-            "label_smoothing_factor computes the loss outside of the model: not supported yet, set it to 0"
-        )
     if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
         raise ConfigError("gradient checkpointing: layers are recomputed already, set it to False")
     if getattr(args, "torch_compile", False):

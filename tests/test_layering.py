@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "scripts": {"fuyou", "optim", "io_engine", "scripts"},
     "tests": {"fuyou", "optim", "io_engine", "tests"},
 }
-WITHOUT_TORCH = ("fuyou/plan.py", "fuyou/planner.py", "fuyou/costs.py", "fuyou/simulator.py")
+WITHOUT_TORCH = ("fuyou/plan.py", "fuyou/planner.py", "fuyou/costs.py", "fuyou/simulator.py", "fuyou/executor/ops.py")
 
 
 def imported_modules(source: str, package: str, *, at_import: bool = False) -> Iterator[str]:

@@ -4,9 +4,10 @@ Each micro-batch's unmodified `model.forward` runs in a greenlet of its own that
 once more behind the last one. The schedule (`StepExecutor`) brings a block's weights in, lets every micro-batch run up
 to the next stop, and lets the weights go, so that they cross the bus once however many micro-batches there are.
 
-Layers run without a graph; their inputs are kept, and the backward pass computes each layer again with one (activation
-recomputation). What runs before the first layer, between layers and behind the last keeps its ordinary graph. Both
-kinds are joined at cuts: a cut is a tensor whose gradient is caught and handed to the layer that produced it.
+Layers run without a graph; their inputs are kept, and the backward pass computes each layer again with one, except for
+what the plan lets wait (fuyou.executor.replay). What runs before the first layer, between layers and behind the last
+keeps its ordinary graph. Both kinds are joined at cuts: a cut is a tensor whose gradient is caught and handed to the
+layer that produced it.
 
 All greenlets end before forward returns: on CUDA the backward pass runs on autograd's own thread, where the greenlets
 of another thread cannot be entered.
@@ -34,7 +35,10 @@ from fuyou.building import StreamedParameter, placeholder
 from fuyou.errors import ModelError
 from fuyou.executor.activations import ActivationStore, SavedTensor
 from fuyou.executor.device import Device
+from fuyou.executor.ops import Op, all_recomputed, check_activations
+from fuyou.executor.replay import Recording, RecordMode, ReplayMode
 from fuyou.executor.weights import LoadedShard, WeightStream
+from fuyou.plan import Activations
 from fuyou.trace import Trace
 from optim import OffloadedAdamW, ShardGradient, ShardLayout
 
@@ -63,6 +67,13 @@ class CutGradients:
             if gradient is not None:
                 present = self.gradients[index]
                 self.gradients[index] = gradient if present is None else present + gradient
+
+    def take(self, index: int) -> torch.Tensor | None:
+        """What has arrived for one output, which is forgotten here."""
+        if not self.gradients:
+            return None
+        taken, self.gradients[index] = self.gradients[index], None
+        return taken
 
 
 class _Cut(torch.autograd.Function):
@@ -104,6 +115,13 @@ class _LayerCall:
     autocast: tuple[bool, torch.dtype]
     collected: dict[str, int]
     """Entries that the layer added to the active output collector, by key."""
+    recording: Recording | None = None
+
+    def saved(self) -> Iterator[SavedTensor]:
+        """Everything that waits for this call's backward pass, in the order in which it is needed."""
+        yield from (saved_input.saved for saved_input in self.inputs)
+        if self.recording is not None:
+            yield from self.recording.saved()
 
 
 class _MicroBatch:
@@ -136,6 +154,38 @@ class ForwardRecord:
     output_type: type
     autocast: tuple[bool, torch.dtype]
     needs_prologue: bool = False
+    reported_loss: float | None = None
+    """What the step's figures say; None if the loss is computed elsewhere."""
+    num_tokens: int = 0
+    roots: list[_Root] = dataclasses.field(default_factory=list)
+    """Of a forward pass whose loss is computed by the caller: the outputs that carry gradients, in order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """The value of an output that carries a gradient, without its graph."""
+
+    value: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class _Root:
+    """An output of model.forward, and where its gradient goes."""
+
+    micro_batch: _MicroBatch
+    edge: GradientEdge
+    origin: str
+    """As of a _SavedInput; "between" stands for the epilogue too."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _WeightView:
+    """What a graph keeps instead of a view of weights, whose memory is not theirs for long."""
+
+    shard: str
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
 
 
 class _OpenGradient:
@@ -169,6 +219,10 @@ class StepExecutor:
         self._device, self._trace = device, trace
         self._weights: WeightStream
         self._activations: ActivationStore
+        self._activation_plans: dict[str, Activations] = {}
+        self._ops: dict[str, tuple[Op, ...]] = {}
+        """Operations of each block that was recorded, as its first micro-batch had them."""
+        self._observes = False
         self._seed = seed
         self.optimizer: OffloadedAdamW | None = None
         self.anchor = torch.ones((), device=device.torch_device, requires_grad=True)
@@ -194,11 +248,15 @@ class StepExecutor:
         """Names of the model's parameters when the executor was made."""
         return frozenset(self._parameters)
 
-    def use(self, weights: WeightStream, activations: ActivationStore) -> None:
-        """Work over these from now on; nothing may be running or held."""
+    def use(
+        self, weights: WeightStream, activations: ActivationStore, activation_plans: Mapping[str, Activations]
+    ) -> None:
+        """Work over these from now on, with a plan for each block's activations; nothing may be running or held."""
         assert not self._bound
         assert self._record is None
         self._weights, self._activations = weights, activations
+        self._activation_plans = {name: plan for name, plan in activation_plans.items() if not all_recomputed(plan)}
+        self._ops.clear()
 
     # --- a training step -------------------------------------------------------------------------------------------
 
@@ -208,18 +266,13 @@ class StepExecutor:
         `calls` are (arguments of model.forward with labels, weight of the loss). `step` and `first` (the number of the
         first micro-batch in the step) choose the random numbers. Call `backward` with the record, or `discard` it.
         """
-        micro_batches = [_MicroBatch(first + i, arguments, weight) for i, (arguments, weight) in enumerate(calls)]
-        autocast = self._get_autocast()
-        record = ForwardRecord(micro_batches, torch.zeros(()), type(None), autocast)
+        record, autocast = self._new_record(calls, first)
         losses = torch.zeros((), dtype=torch.float64, device=self._device.torch_device)
-        with self._running(micro_batches, record), self._autocast(autocast):
-            self._weights.announce(self._visits(self._order))
-            for micro_batch in micro_batches:
-                self._seed_micro_batch(micro_batch, step)
-            self._run_up_to_epilogue(micro_batches)
+        with self._running(record.micro_batches, record), self._autocast(autocast):
+            self._run_layers(record.micro_batches, step)
             with self._bound_block("epilogue"), torch.enable_grad():
                 self._open_gradients("epilogue")
-                for micro_batch in micro_batches:
+                for micro_batch in record.micro_batches:
                     self._finish(micro_batch)
                     loss = _loss_of(micro_batch.output)
                     losses += micro_batch.weight * loss.detach().double()
@@ -235,26 +288,72 @@ class StepExecutor:
         record.loss = losses
         return record
 
-    def backward(self, record: ForwardRecord, scale: float) -> None:
-        """Run the rest of the backward pass: gradients of `scale` times the record's loss go to the optimizer."""
-        if record is not self._record:
-            raise ModelError(
-                "this loss was used already, or belongs to an earlier forward pass, whose activations are gone: call "
-                "loss.backward() once, before the next forward pass"
-            )
+    def forward_outputs(
+        self, calls: Sequence[Mapping[str, Any]], *, step: int, first: int
+    ) -> tuple[ForwardRecord, list[Any]]:
+        """Run the forward pass of all micro-batches for a loss that the caller computes.
+
+        Returns the record, and each micro-batch's output of model.forward with an Output in the place of every tensor that
+        carries a gradient, in the order of `record.roots`. The graph behind the last layer is kept. Call `backward` with
+        the record and a gradient for each root, or `discard` it.
+        """
+        record, autocast = self._new_record([(arguments, 1.0) for arguments in calls], first)
+        outputs: list[Any] = []
+        with self._running(record.micro_batches, record), self._autocast(autocast):
+            self._run_layers(record.micro_batches, step)
+            with self._bound_block("epilogue"), torch.enable_grad():
+                for micro_batch in record.micro_batches:
+                    self._finish(micro_batch)
+                    leaves, spec = tree_flatten(micro_batch.output)
+                    micro_batch.output = None
+                    for position, leaf in enumerate(leaves):
+                        if _is_float(leaf) and leaf.requires_grad:
+                            record.roots.append(_Root(micro_batch, get_gradient_edge(leaf), _origin(leaf)))
+                            leaves[position] = Output(leaf.detach())
+                    outputs.append(tree_unflatten(leaves, spec))
+        return record, outputs
+
+    def _new_record(
+        self, calls: Sequence[tuple[Mapping[str, Any], float]], first: int
+    ) -> tuple[ForwardRecord, tuple[bool, torch.dtype]]:
+        micro_batches = [_MicroBatch(first + i, arguments, weight) for i, (arguments, weight) in enumerate(calls)]
+        autocast = self._get_autocast()
+        return ForwardRecord(micro_batches, torch.zeros(()), type(None), autocast), autocast
+
+    def _run_layers(self, micro_batches: list[_MicroBatch], step: int) -> None:
+        self._weights.announce(self._visits(self._order))
+        for micro_batch in micro_batches:
+            self._seed_micro_batch(micro_batch, step)
+        self._run_up_to_epilogue(micro_batches)
+
+    def backward(
+        self, record: ForwardRecord, scale: float, gradients: Sequence[torch.Tensor | None] | None = None
+    ) -> None:
+        """Run the rest of the backward pass: gradients of `scale` times the record's loss go to the optimizer.
+
+        With `gradients`, one for each of the record's roots, those of what the roots were used for.
+        """
+        self.check(record)
         assert self.optimizer is not None
         self._record = None
         self._training = True
         try:
             with contextlib.ExitStack() as prologue_held, self._device.current():
-                self._run_backward(record, scale, prologue_held)
+                self._run_backward(record, scale, gradients, prologue_held)
         except BaseException:
+            self._weights.announce(())
             self._drop(record)
             raise
         finally:
             self._training = False
 
-    def _run_backward(self, record: ForwardRecord, scale: float, prologue_held: contextlib.ExitStack) -> None:
+    def _run_backward(
+        self,
+        record: ForwardRecord,
+        scale: float,
+        gradients: Sequence[torch.Tensor | None] | None,
+        prologue_held: contextlib.ExitStack,
+    ) -> None:
         assert self.optimizer is not None
         self.optimizer.begin_backward()
         if scale != 1.0:
@@ -264,8 +363,20 @@ class StepExecutor:
         prologue = ["prologue"] if self.optimizer.trains("prologue") else []
         # Early updates take the weights that backward has read; the epilogue's were let go.
         epilogue = ["epilogue"] if self.optimizer.updates_early("epilogue") else []
+        if gradients is not None:
+            epilogue = self._visits(["epilogue"])
         self._weights.announce([*epilogue, *self._visits([*layer_names, *prologue])])
-        self._complete("epilogue")
+        self._activations.announce(
+            saved
+            for index in layers
+            for micro_batch in record.micro_batches
+            if (call := micro_batch.calls.get(index)) is not None
+            for saved in call.saved()
+        )
+        if gradients is None:
+            self._complete("epilogue")
+        else:
+            self._epilogue_backward(record, gradients)
         if record.needs_prologue:
             prologue_held.enter_context(self._bound_block("prologue"))
             self._open_gradients("prologue")
@@ -283,6 +394,15 @@ class StepExecutor:
                         # All at once: each inner node then gets its whole gradient, summed as plain autograd does.
                         torch.autograd.backward(edges, gradients)
             self._complete("prologue")
+        self._activations.finish()
+
+    def check(self, record: ForwardRecord) -> None:
+        """ModelError if the record's backward pass ran already, or its activations are gone."""
+        if record is not self._record:
+            raise ModelError(
+                "this loss was used already, or belongs to an earlier forward pass, whose activations are gone: call "
+                "loss.backward() once, before the next forward pass"
+            )
 
     def discard(self) -> None:
         """Forget a forward pass whose backward pass never came."""
@@ -291,8 +411,10 @@ class StepExecutor:
             self._drop(record)
 
     def infer(self, arguments: Mapping[str, Any]) -> Any:
-        """Run model.forward once without gradients, block by block; returns its output unchanged."""
-        self.discard()
+        """Run model.forward once without gradients, block by block; returns its output unchanged.
+
+        A training forward pass that waits for its backward pass goes on waiting.
+        """
         micro_batch = _MicroBatch(0, arguments, 1.0)
         # Inference draws from the caller's generators, as a plain forward pass does.
         micro_batch.rng = self._get_rng()
@@ -304,6 +426,22 @@ class StepExecutor:
                 self._finish(micro_batch)
         self._set_rng(micro_batch.rng)
         return micro_batch.output
+
+    def list_ops(self, arguments: Mapping[str, Any]) -> dict[str, tuple[Op, ...]]:
+        """Run one micro-batch up to the epilogue and list what each layer that a backward pass would reach computes.
+
+        Forgets a forward pass that waits for its backward pass.
+        """
+        self.discard()
+        record, autocast = self._new_record([(arguments, 1.0)], 0)
+        known, self._ops, self._observes = self._ops, {}, True
+        try:
+            with self._running(record.micro_batches, record), self._autocast(autocast):
+                self._run_layers(record.micro_batches, step=0)
+            return self._ops
+        finally:
+            self._ops, self._observes = known, False
+            self.discard()
 
     # --- the schedule ----------------------------------------------------------------------------------------------
 
@@ -348,23 +486,62 @@ class StepExecutor:
             if block is not None:
                 self._complete(block.name)
 
+    def _epilogue_backward(self, record: ForwardRecord, gradients: Sequence[torch.Tensor | None]) -> None:
+        """Run the backward pass of what is behind the last layer, given the gradients of the outputs."""
+        with self._bound_block("epilogue"), self._span("epilogue backward"):
+            self._open_gradients("epilogue")
+            for micro_batch in record.micro_batches:
+                roots: list[tuple[GradientEdge, torch.Tensor]] = []
+                for root, gradient in zip(record.roots, gradients, strict=True):
+                    if gradient is not None and root.micro_batch is micro_batch:
+                        # What only the prologue made waits for the prologue's turn.
+                        (micro_batch.into_prologue if root.origin == "prologue" else roots).append(
+                            (root.edge, gradient)
+                        )
+                if roots:
+                    torch.autograd.backward(
+                        [edge for edge, _ in roots],
+                        [gradient for _, gradient in roots],
+                        # Layers may have used what was computed between them, too.
+                        retain_graph=record.needs_prologue,
+                    )
+            record.roots.clear()
+            self._complete("epilogue")
+
     def _call_backward(self, index: int, micro_batch: _MicroBatch, call: _LayerCall) -> None:
         """Compute the layer again with a graph, run its backward pass, pass the inputs' gradients on."""
-        previous = micro_batch.calls.get(index - 1)
-        for saved_input in previous.inputs if previous is not None else ():
-            self._activations.prefetch(saved_input.saved)
+        if all(gradient is None for gradient in call.outputs.gradients):  # nothing above depends on it
+            for saved in call.saved():
+                self._activations.free(saved)
+            return
         leaves: list[tuple[_SavedInput, torch.Tensor]] = []
+        earlier: list[tuple[torch.Tensor, torch.Tensor]] = []
         for saved_input in call.inputs:
             leaf = self._activations.load(saved_input.saved).requires_grad_()
-            call.leaves[saved_input.position] = leaf
             leaves.append((saved_input, leaf))
+            arrived = _take_arrived(saved_input, micro_batch)
+            if arrived is not None:
+                # Other users' gradients come before this layer's, one after the other, as plain autograd sums them.
+                with torch.enable_grad():
+                    used = leaf.view_as(leaf)
+                earlier.append((used, arrived))
+            else:
+                used = leaf
+            call.leaves[saved_input.position] = used
         outer_rng = self._get_rng()
         collector, token = _activate_collector(call.collected)
         try:
             self._set_rng(call.rng)
             args, kwargs = tree_unflatten(call.leaves, call.spec)
             with torch.enable_grad(), self._autocast(call.autocast):
-                result = self._plain_forwards[index](*args, **kwargs)
+                if call.recording is None:
+                    result = self._plain_forwards[index](*args, **kwargs)
+                else:
+                    with ReplayMode(
+                        call.recording, self._activations, layer=f"layer {index}", set_rng=self._set_rng
+                    ) as replay:
+                        result = self._plain_forwards[index](*args, **kwargs)
+                    replay.finish()
             outputs = _float_tensors(result) + _collected(collector, call.collected)
             if len(outputs) != len(call.outputs.gradients) and call.outputs.gradients:
                 raise ModelError(
@@ -376,14 +553,17 @@ class StepExecutor:
                 for output, gradient in zip(outputs, call.outputs.gradients, strict=False)
                 if gradient is not None and output.requires_grad
             ]
+            pairs += earlier
             if pairs:
                 torch.autograd.backward([o for o, _ in pairs], [g for _, g in pairs])
-            del result, outputs, pairs, args, kwargs
+            del result, outputs, pairs, earlier, args, kwargs
         finally:
             _deactivate_collector(token)
             self._set_rng(outer_rng)
         call.leaves.clear()
         call.outputs.gradients.clear()
+        if call.recording is not None:
+            call.recording.free()
         for saved_input, leaf in leaves:
             gradient, leaf.grad = leaf.grad, None
             self._activations.free(saved_input.saved)
@@ -462,18 +642,29 @@ class StepExecutor:
                 if origin == "between" and self._record is not None:
                     self._record.needs_prologue = True
         trainable = block is not None and any(self._parameters[name].requires_grad for name in block.parameters)
+        recorder = self._recorder(micro_batch, index, call) if inputs or trainable else None
         collector = _active_collector()
         before = {key: len(entries) for key, entries in collector.items()} if collector else {}
         # With grad mode on, since kernels and models' own branches may depend on it, but keeping nothing.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_drop, _dropped):
+        pack = _drop if recorder is None else recorder.note_saved
+        with (
+            torch.enable_grad(),
+            torch.autograd.graph.saved_tensors_hooks(pack, _dropped),
+            recorder or contextlib.nullcontext(),
+        ):
             result = self._plain_forwards[index](*args, **kwargs)
         flat, result_spec = tree_flatten(result)
+        with_graph = flat
         flat = [v.detach() if isinstance(v, torch.Tensor) else v for v in flat]
         call.collected = {
             key: len(entries) - before.get(key, 0)
             for key, entries in (collector or {}).items()
             if len(entries) > before.get(key, 0)
         }
+        if recorder is not None:
+            given = [v for v in with_graph if isinstance(v, torch.Tensor)] + _collected(collector, call.collected)
+            self._finish_recording(recorder, index, inputs, given)
+        del result, with_graph
         if not inputs and not trainable:  # nothing below needs a gradient
             _replace_collected(collector, call.collected, [v.detach() for v in _collected(collector, call.collected)])
             del micro_batch.calls[index]
@@ -486,6 +677,34 @@ class StepExecutor:
             flat[i] = cuts.pop(0)
         _replace_collected(collector, call.collected, cuts)
         return tree_unflatten(flat, result_spec)
+
+    def _recorder(self, micro_batch: _MicroBatch, index: int, call: _LayerCall) -> RecordMode | None:
+        """What watches a layer's first run where the plan lets some of it wait, or someone asks what it does."""
+        block = self._layer_blocks[index]
+        plan = self._activation_plans.get(block.name) if block is not None else None
+        if block is None or (plan is None and not self._observes):
+            return None
+        call.recording = Recording(self._activations)
+        return RecordMode(
+            call.recording,
+            self._activations,
+            key=f"{index}/{micro_batch.index}/op",
+            activations="recompute" if plan is None or self._observes else plan,
+            known=self._ops.get(block.name),
+            get_rng=self._get_rng,
+        )
+
+    def _finish_recording(
+        self, recorder: RecordMode, index: int, inputs: Sequence[_SavedInput], given: Sequence[torch.Tensor]
+    ) -> None:
+        block = self._layer_blocks[index]
+        assert block is not None
+        below = {saved_input.edge.node for saved_input in inputs}
+        recorder.finish(given, lambda node: node not in below)
+        if block.name not in self._ops:
+            ops = recorder.ops()
+            check_activations(block.name, self._activation_plans.get(block.name, "recompute"), ops)
+            self._ops[block.name] = ops
 
     def _start(self, micro_batch: _MicroBatch) -> None:
         def run() -> None:
@@ -512,7 +731,7 @@ class StepExecutor:
             self._set_autocast(micro_batch.autocast)
         self._current = micro_batch
         try:
-            with self._span(what):
+            with self._span(what), self._weights_not_kept():
                 micro_batch.greenlet.switch()
         except RuntimeError as error:
             if "single memory location" not in str(error):
@@ -529,6 +748,39 @@ class StepExecutor:
             torch.set_grad_enabled(outer_grad)
             self._set_rng(outer_rng)
 
+    def _weights_not_kept(self) -> contextlib.AbstractContextManager[Any]:
+        """Graphs made inside hold no memory of weights, which are bound anew, elsewhere, for the backward pass.
+
+        Autograd would keep views of them (a linear layer's transposed weight), and use what has come into that memory since.
+        """
+        if not self._training:
+            return contextlib.nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _WeightView:
+        address = tensor.untyped_storage().data_ptr()
+        for name, (shard, _count) in self._bound.items():
+            weights = shard.device_weights
+            if (
+                weights is not None
+                and weights.untyped_storage().data_ptr() == address
+                and weights.dtype == tensor.dtype
+            ):
+                return _WeightView(name, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        return tensor
+
+    def _unpack(self, packed: torch.Tensor | _WeightView) -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        if packed.shard not in self._bound:
+            raise ModelError(
+                f"weights of {packed.shard} are needed in the backward pass while they are on the drive: this model uses them "
+                "outside of the block that owns them, which cannot be streamed"
+            )
+        weights = self._bound[packed.shard][0].device_weights
+        assert weights is not None
+        return weights.as_strided(packed.shape, packed.stride, packed.offset)
+
     @contextlib.contextmanager
     def _running(self, micro_batches: Sequence[_MicroBatch], record: ForwardRecord | None) -> Iterator[None]:
         """Greenlets may run inside; `record` is the training step's. Whatever happens, all of them end."""
@@ -536,12 +788,14 @@ class StepExecutor:
             raise ModelError("the model is running already: a forward pass cannot be started inside another")
         self._plain_forward = type(self._model).forward.__get__(self._model)
         self._hub, self._training = greenlet.getcurrent(), record is not None
-        self._record = record
+        if record is not None:
+            self._record = record
         try:
             with self._device.current():
                 yield
         except BaseException:
             self._end(micro_batches)
+            self._weights.announce(())  # what was read ahead would be older than a step that comes before its next use
             if record is not None:
                 self._record = None
                 self._drop(record)
@@ -637,15 +891,16 @@ class StepExecutor:
     def _complete(self, name: str) -> None:
         """All micro-batches are through: the shard's gradient and its weights go to the optimizer."""
         assert self.optimizer is not None
-        open_ = self._open.pop(name, None)
-        if open_ is None:
+        if name not in self._open:
             return
+        early = self.optimizer.updates_early(name)
+        if early and name not in self._bound:
+            self._bind(name)  # before anything is taken from `_open`: if it fails, `_drop` gives the gradient back
+        open_ = self._open.pop(name)
         wait = self._device.download(open_.flat, torch.from_numpy(open_.gradient.array))
-        if not self.optimizer.updates_early(name):
+        if not early:
             self.optimizer.gradient_complete(open_.gradient, wait=wait)
             return
-        if name not in self._bound:
-            self._bind(name)
         shard, _count = self._bound.pop(name)
         self._placeholders(shard.layout)
         self._weights.hand_over(shard)
@@ -671,12 +926,14 @@ class StepExecutor:
 
     def _drop(self, record: ForwardRecord) -> None:
         """Give back everything that a forward or backward pass holds."""
+        self._activations.finish()
         for micro_batch in record.micro_batches:
             for call in micro_batch.calls.values():
-                for saved_input in call.inputs:
-                    self._activations.free(saved_input.saved)
+                for saved in call.saved():
+                    self._activations.free(saved)
             micro_batch.calls.clear()
             micro_batch.into_prologue.clear()
+        record.roots.clear()
         for open_ in self._open.values():
             open_.gradient.buffer.release()
         self._open.clear()
@@ -803,6 +1060,19 @@ def _origin(tensor: torch.Tensor) -> str:
         seen.add(node)
         waiting += [following for following, _ in node.next_functions]
     return "prologue"
+
+
+def _take_arrived(saved_input: _SavedInput, micro_batch: _MicroBatch) -> torch.Tensor | None:
+    """The gradient that a layer's input has got from elsewhere so far, which is forgotten there."""
+    edge = saved_input.edge
+    if saved_input.origin == "layer":
+        caught: CutGradients = edge.node.caught  # type: ignore[attr-defined]
+        return caught.take(edge.output_nr)
+    for position, (other, gradient) in enumerate(micro_batch.into_prologue):
+        if saved_input.origin == "prologue" and other.node is edge.node and other.output_nr == edge.output_nr:
+            del micro_batch.into_prologue[position]
+            return gradient
+    return None
 
 
 def _is_float(value: object) -> bool:
