@@ -1,4 +1,4 @@
-"""The command line: `fuyou doctor | plan | train | inspect | verify | export | bench`.
+"""The command line: `fuyou doctor | plan | train | inspect | verify | checkpoint | export | trace | bench`.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 does not fit, 130 interrupted (SIGTERM counts as
 Ctrl-C). An error is one message on stderr; FUYOU_TRACEBACK=1 shows where it came from.
@@ -154,12 +154,48 @@ def _verify(options: argparse.Namespace) -> int:
     return EXIT_FAILED if problems else EXIT_DONE
 
 
+def _checkpoint(options: argparse.Namespace) -> int:
+    from fuyou.checkpointing import checkpoint_json, keep_checkpoint, remove_checkpoint, restore_checkpoint
+    from fuyou.config import format_bytes
+
+    store = _directories(options)
+    done: dict[str, Any]
+    try:
+        if options.remove is not None:
+            remove_checkpoint(store, options.remove)
+            done, text = {"name": options.remove}, f"checkpoint {options.remove} removed"
+        elif options.restore is not None:
+            restored = restore_checkpoint(store, options.restore)
+            done = checkpoint_json(restored)
+            text = f"the store stands at step {restored.step} again, as checkpoint {restored.name} has it"
+        else:
+            made = keep_checkpoint(store, options.name)
+            done = checkpoint_json(made)
+            text = f"step {made.step} kept as checkpoint {made.name}, {format_bytes(made.num_bytes)}"
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if options.json:
+        _print_json(done)
+    else:
+        print(text)
+    return EXIT_DONE
+
+
 def _export(options: argparse.Namespace) -> int:
     import fuyou
 
     out = Path(options.out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder: name a new one")
+    if options.format == "dcp":
+        from fuyou.distributed_export import export_distributed
+
+        step = export_distributed(_directories(options), out)
+        if options.json:
+            _print_json({"out": str(out), "step": step})
+        else:
+            print(f"step {step} with its optimizer states written to {out}; torch.distributed.checkpoint.load reads it")
+        return EXIT_DONE
     model = fuyou.open_store_model(_directories(options), host_memory=options.host_memory)
     with model.fuyou:
         model.save_pretrained(str(out))
@@ -172,6 +208,27 @@ def _export(options: argparse.Namespace) -> int:
             f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
         )
         print("the tokenizer is not in a store: take it from the model that the run began with")
+    return EXIT_DONE
+
+
+def _trace(options: argparse.Namespace) -> int:
+    from fuyou.trace_files import draw, load_traces, perfetto
+
+    found = load_traces(Path(options.store).expanduser())
+    steps, out = found["steps"], Path(options.out).expanduser()
+    number = options.step if options.step is not None else max(steps)
+    if number not in steps:
+        raise ConfigError(f"--step {number}: the trace holds the steps {', '.join(map(str, sorted(steps)))}")
+    if out.suffix in (".png", ".svg"):
+        draw(steps[number], found["predicted"], out)
+    elif out.suffix == ".json":
+        out.write_text(json.dumps(perfetto(steps[number], found["predicted"])))
+    else:
+        raise ConfigError(f"--out {out}: name a .json file (ui.perfetto.dev opens it) or a picture, .png or .svg")
+    if options.json:
+        _print_json({"out": str(out), "step": number, "seconds": steps[number]["seconds"]})
+    else:
+        print(f"step {number} ({steps[number]['seconds']:.3f} s) written to {out}")
     return EXIT_DONE
 
 
@@ -191,7 +248,7 @@ def _bench_module(name: str) -> Any:
 
 SWITCH_SECONDS = 5e-4
 
-BENCHES = ("io", "adam", "optimizer")
+BENCHES = ("io", "adam", "optimizer", "step")
 
 
 # ----------------------------------------------------------------------------------------------------- parser
@@ -232,12 +289,24 @@ def _parser() -> argparse.ArgumentParser:
     for name, command, text in (
         ("inspect", _inspect, "what a store holds; changes nothing"),
         ("verify", _verify, "read a store's data and compare it with its checksums"),
-        ("export", _export, "write a store's model as plain safetensors"),
+        ("checkpoint", _checkpoint, "keep what a store has committed under a name, or go back to it"),
+        ("export", _export, "write a store's model as plain safetensors, or with its optimizer for a cluster"),
     ):
         sub = add(name, command, text)
         sub.add_argument("store", metavar="STORE", help="the store's directory")
+        if name == "checkpoint":
+            choice = sub.add_mutually_exclusive_group()
+            choice.add_argument("--name", metavar="NAME", help="of the new checkpoint (step-N)")
+            choice.add_argument("--restore", metavar="NAME", help="make this checkpoint the store's committed state")
+            choice.add_argument("--remove", metavar="NAME", help="delete this checkpoint")
         if name == "export":
             sub.add_argument("out", metavar="OUT", help="folder to be made")
+            sub.add_argument(
+                "--format",
+                choices=("safetensors", "dcp"),
+                default="safetensors",
+                help="dcp: weights and Adam states for torch.distributed.checkpoint (safetensors)",
+            )
             sub.add_argument("--host-memory", metavar="SIZE", help='budget, such as "8GiB"')
         sub.add_argument(
             "--also",
@@ -246,6 +315,11 @@ def _parser() -> argparse.ArgumentParser:
             metavar="DIR",
             help="further directory of a store on several drives",
         )
+    trace = add("trace", _trace, "the lanes of one of a run's last steps, for Perfetto or as a picture")
+    trace.add_argument("store", metavar="STORE", help="the store's (first) directory")
+    trace.add_argument("--step", type=_positive, metavar="N", help="a step of the last few (the last one)")
+    trace.add_argument("--out", required=True, metavar="FILE", help=".json, .png or .svg")
+
     bench = commands.add_parser("bench", help="measure a part of this machine beside its limit in the same run")
     parts = bench.add_subparsers(title="parts", required=True, metavar="PART")
     for name in BENCHES:

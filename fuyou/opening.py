@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import operator
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from fuyou.building import (
     resolve_checkpoint,
     write_block,
 )
+from fuyou.checkpointing import checkpoint_json
 from fuyou.config import OffloadConfig
-from fuyou.errors import ConfigError, ModelError
+from fuyou.errors import ConfigError, FuyouError, ModelError
 from fuyou.hardware import HardwareProfile, cached_hardware
 from fuyou.memory import return_freed_memory
 from fuyou.plan import Plan
@@ -39,6 +42,7 @@ from io_engine import (
     Store,
     StoreError,
     StoreSnapshot,
+    VerifyingEngine,
     choose_engine,
     probe_directory,
 )
@@ -124,8 +128,11 @@ def open_store_model(store: str | os.PathLike[str] | Sequence[str], *, host_memo
     Nothing in it requires gradients, so that a budget for one block's weights does.
     """
     directories = OffloadConfig(store=store).store_directories
-    description = Store.peek(directories).description
-    config = _config_from(description)
+    snapshot = Store.peek(directories)
+    description = snapshot.description
+    if not snapshot.state.get("filled"):
+        raise StoreError(f"{directories[0]} holds a store that was never filled, and no run: nothing can be opened")
+    config = stored_config(description, snapshot.identity, directories[0])
     offload = OffloadConfig(
         store=store,
         host_memory=host_memory,
@@ -203,7 +210,7 @@ def plan_model(
 
         config = AutoConfig.from_pretrained(resolve_checkpoint(config))
     device = hardware.device if hardware is not None else choose_device(offload)
-    with meta_model(config, DTYPES[offload.compute_dtype]) as model:
+    with model_of(config, DTYPES[offload.compute_dtype]) as model:
         blocks = find_blocks(model, offload.blocks)
         layouts = shard_layouts(blocks, model, offload.compute_dtype, offload.moment_dtype)
     hidden = config.get_text_config().hidden_size
@@ -224,11 +231,33 @@ def plan_model(
     )
 
 
+MOST_LAYERS = 10_000
+"""Of a config; transformers makes modules for each of them, on the meta device too."""
+
+
+@contextlib.contextmanager
+def model_of(config: Any, dtype: torch.dtype, **kwargs: Any) -> Iterator[nn.Module]:
+    """`meta_model` of a config that may be anybody's: ModelError for whatever transformers raises."""
+    with contextlib.ExitStack() as stack:
+        try:
+            check_layers(config.to_dict(), MOST_LAYERS)
+            model = stack.enter_context(meta_model(config, dtype, **kwargs))
+        except FuyouError:
+            raise
+        except Exception as error:  # models of many authors fail in many ways
+            reason = (str(error) or "no reason given").splitlines()[0][:200]
+            raise ModelError(
+                f"transformers cannot make a model of this {getattr(config, 'model_type', '')} config "
+                f"({type(error).__name__}: {reason}): check its sizes"
+            ) from error
+        yield model
+
+
 def inspect_store(store: str | os.PathLike[str] | Sequence[str]) -> dict[str, Any]:
     """What a store holds, as JSON; takes no lock and writes nothing. StoreError if it is none."""
     directories = OffloadConfig(store=store).store_directories
     snapshot = Store.peek(directories)
-    shards = [ShardLayout.from_json(s) for s in snapshot.description.get("shards", [])]
+    shards = stored_shards(snapshot.description, directories[0])
     return {
         "directories": [str(d) for d in directories],
         "identity": snapshot.identity,
@@ -237,6 +266,9 @@ def inspect_store(store: str | os.PathLike[str] | Sequence[str]) -> dict[str, An
         "numerics": snapshot.state.get("numerics", {}),
         "optimizer": snapshot.state.get("optimizer", {}),
         "num_parameters": sum(s.num_parameters for s in shards),
+        "size_bytes": snapshot.size_bytes,
+        "checkpoints": [checkpoint_json(checkpoint) for checkpoint in snapshot.checkpoints],
+        "notes": list(snapshot.notes),
         "shards": [
             {
                 "name": s.name,
@@ -277,7 +309,7 @@ def _open(
     device = choose_device(offload)
     dtype = DTYPES[offload.compute_dtype]
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
-    with meta_model(config, dtype, **kwargs) as model:
+    with model_of(config, dtype, **kwargs) as model:
         blocks = find_blocks(model, offload.blocks)
     layouts = shard_layouts(blocks, model, offload.compute_dtype, offload.moment_dtype)
     replace_by_placeholders(model, dtype, torch.device(device))
@@ -345,11 +377,12 @@ def _open(
                 prewrite=False,
             )
         numerics = _numerics(store, offload, seed, device)
+        went_back = _go_back(store, offload.resume)
         if not store.state.get("filled"):
             _fill(store, engine, model, blocks, layouts, fill, numerics)
             resumed = f"new store in {directories[0]}, filled from {source}"
         else:
-            resumed = f"resumed at step {store.step} from {directories[0]}"
+            resumed = f"resumed at step {store.step} from {directories[0]}{went_back}"
             if folder is not None and any(True for _ in model.buffers()):
                 _load_buffers(model, folder)
         for note in store.notes:
@@ -364,7 +397,7 @@ def _open(
             layouts,
             offload,
             store=store,
-            engine=engine,
+            engine=VerifyingEngine(engine, store),
             trace=Trace(),
             device=device,
             seed=numerics["seed"],
@@ -424,10 +457,24 @@ def _check_resume(offload: OffloadConfig, found: StoreSnapshot | None, directory
     if (wanted == "must" or isinstance(wanted, int)) and not holds_run:
         state = "holds no run" if found is None else "holds a store that was never filled, and no run"
         raise StoreError(f'{directory} {state} to resume (resume={wanted!r}): begin one with resume="auto"')
-    if isinstance(wanted, int) and found is not None and found.step != wanted:
-        raise StoreError(
-            f'{directory} stands at step {found.step}, not at resume={wanted}, and keeps no other: use resume="auto"'
-        )
+    if isinstance(wanted, int) and found is not None:
+        kept = sorted({checkpoint.step for checkpoint in found.checkpoints})
+        if wanted not in (found.step, *kept):
+            raise StoreError(
+                f"{directory} stands at step {found.step}, not at resume={wanted}, and keeps "
+                f"{'checkpoints of the steps ' + ', '.join(map(str, kept)) if kept else 'no other'}: use one of these, or "
+                'resume="auto"'
+            )
+
+
+def _go_back(store: Store, resume: str | int) -> str:
+    """Restore the checkpoint of the step asked for, if the store stands at another; says what was done."""
+    if not isinstance(resume, int) or store.step == resume:
+        return ""
+    left_step = store.step
+    name = next(checkpoint.name for checkpoint in reversed(store.checkpoints) if checkpoint.step == resume)
+    store.restore(name)
+    return f", restored from its checkpoint {name}; it stood at step {left_step}"
 
 
 def _check_identity(store: StoreSnapshot, identity: dict[str, str], model_class: str, directory: Path) -> None:
@@ -530,11 +577,58 @@ def fingerprint(config: Any, model_class: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _config_from(description: Mapping[str, Any]) -> Any:
+def stored_config(description: Mapping[str, Any], identity: Mapping[str, Any], directory: Path) -> Any:
+    """The transformers config in a store; StoreError if it is not the one that the store was made for."""
     from transformers import AutoConfig
 
-    data = _from_jsonable(description["config"])
-    return AutoConfig.for_model(data.pop("model_type"), **data)
+    try:
+        data = _from_jsonable(description["config"])
+        check_layers(data, len(description["shards"]))
+        config = AutoConfig.for_model(data.pop("model_type"), **data)
+        if fingerprint(config, description["model"]) != identity["fingerprint"]:
+            raise ValueError("it is not the one that the store was made for")
+        if description["compute_dtype"] not in DTYPES:
+            raise ValueError("compute_dtype is none")
+    except Exception as error:  # configs of many authors check their fields in many ways
+        raise StoreError(
+            f"{directory}: the model's config in its layout is unusable ({type(error).__name__}: {str(error)[:200]}): "
+            "restore the store from a backup"
+        ) from None
+    return config
+
+
+def check_layers(data: Mapping[str, Any], most: int) -> None:
+    """ValueError for a config of more layers than that, before anything is made for each."""
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            check_layers(value, most)
+        elif (
+            key in ("num_hidden_layers", "n_layer", "num_layers") and value is not None and not 0 <= int(value) <= most
+        ):
+            raise ValueError(f"{key}={value}: expected at most {most}")
+
+
+def _checked_shard(data: Any) -> ShardLayout:
+    """A shard's layout; KeyError, TypeError or ValueError for one whose numbers do not go together."""
+    shapes = {str(p["name"]): tuple(map(operator.index, p["shape"])) for p in data["parameters"]}
+    layout = ShardLayout.from_json(data)
+    made = ShardLayout.of(
+        str(data["name"]), shapes, layout.compute_dtype, operator.index(layout.chunk_elements), layout.moment_dtype
+    )
+    if any(size < 0 for shape in shapes.values() for size in shape) or layout != made or made.num_elements >= 2**50:
+        raise ValueError(f"the parameters of {made.name[:80]} do not lie where they should")
+    return made
+
+
+def stored_shards(description: Mapping[str, Any], directory: Path) -> list[ShardLayout]:
+    """The layouts of a store's shards; StoreError if what describes them was not written by us."""
+    try:
+        return [_checked_shard(shard) for shard in description.get("shards", [])]
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise StoreError(
+            f"{directory}: what its layout says of shards is unusable ({type(error).__name__}: {str(error)[:80]}); it was "
+            "made by another program, or by hand: restore it from a backup"
+        ) from None
 
 
 _SPECIAL_FLOAT = "__float__"

@@ -223,7 +223,9 @@ def make_plan(
     if clipping:
         num_held = sum(b.trainable and b.gradient == "host" for b in blocks)
         reasons["gradients"] = f"{num_held} of {len(trainable)} blocks' gradients wait for the norm in host memory" + (
-            ", the others in scratch files: 4 B more a parameter, 8 B if its update is late or the step is clipped" if spills else ""
+            ", the others in scratch files: 4 B more a parameter, 8 B if its update is late or the step is clipped"
+            if spills
+            else ""
         )
         reasons["max_clipped_share"] = (
             "early updates are guesses until the norm is known, and a clipped step makes them anew at about twice the "

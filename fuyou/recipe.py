@@ -201,6 +201,11 @@ class TrainingSection(_Section):
     """Where the output is no terminal, a line is printed every so many steps."""
     eval_steps: Positive | None = None
     """Evaluate every so many steps. Left out: only at the end."""
+    save_steps: Positive | None = None
+    """Keep a checkpoint in the store every so many steps; `--resume STEP` goes back to one. Every step survives a crash
+    without."""
+    save_total_limit: Positive | None = None
+    """Remove the oldest of these checkpoints beyond this number. Left out: keep all."""
     eval_on_start: bool = False
     """Evaluate before the first step, too."""
     seed: NotNegative = 0
@@ -212,6 +217,8 @@ class TrainingSection(_Section):
             raise ValueError("give either max_steps or num_train_epochs")
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError("give warmup_steps or warmup_ratio, not both")
+        if self.save_total_limit is not None and self.save_steps is None:
+            raise ValueError("save_total_limit is given but not save_steps: nothing would be saved")
         return self
 
 
@@ -293,18 +300,43 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
     ConfigError lists every wrong key and value by its dotted path.
     """
+    what = f"recipe {os.fspath(path)!r}"
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        with Path(path).expanduser().open(encoding="utf-8") as file:
+            text = file.read(_MOST_CHARACTERS + 1)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text ({error})"
-        raise ConfigError(f"recipe {os.fspath(path)!r} cannot be read: {reason}") from None
-    values = parse_yaml(text, f"recipe {os.fspath(path)!r}")
+        raise ConfigError(f"{what} cannot be read: {reason}") from None
+    if len(text) > _MOST_CHARACTERS:
+        raise ConfigError(f"{what} has more than {_MOST_CHARACTERS} characters: that is no recipe")
+    try:
+        values = parse_yaml(text, what)
+    except RecursionError:
+        raise ConfigError(f"{what} is nested too deeply: a recipe has sections, and values in them") from None
+    _check_size(values, what)
     if not isinstance(values, dict):
         found = "nothing" if values is None else type(values).__name__
         raise ConfigError(f"recipe {os.fspath(path)!r}: expected sections (model:, data:, ...), found {found}")
     for override in overrides:
         apply_override(values, override)
     return parse_recipe(values)
+
+
+_MOST_CHARACTERS = 1 << 20
+_MOST_VALUES = 100_000
+_MOST_PROBLEMS = 20
+
+
+def _check_size(values: Any, what: str) -> None:
+    """ConfigError for a few lines of YAML whose aliases stand for more than any recipe has."""
+    to_see, num_seen = [values], 0
+    while to_see:
+        value = to_see.pop()
+        num_seen += 1
+        if isinstance(value, dict | list):
+            to_see += value.values() if isinstance(value, dict) else value
+        if num_seen + len(to_see) > _MOST_VALUES:
+            raise ConfigError(f"{what} stands for more than {_MOST_VALUES} values, aliases counted: that is no recipe")
 
 
 def parse_recipe(values: Mapping[str, Any]) -> Recipe:
@@ -315,6 +347,8 @@ def parse_recipe(values: Mapping[str, Any]) -> Recipe:
         return Recipe.model_validate(dict(values))
     except pydantic.ValidationError as error:
         problems = explain(error, Recipe)
+    if len(problems) > _MOST_PROBLEMS:
+        problems[_MOST_PROBLEMS:] = [f"and {len(problems) - _MOST_PROBLEMS} more"]
     raise ConfigError(problems[0] if len(problems) == 1 else "\n  ".join(["the recipe has errors:", *problems]))
 
 

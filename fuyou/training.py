@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fuyou.checkpointing import prune_checkpoints, step_name
+from fuyou.config import format_bytes
 from fuyou.data import BatchOrder, DataSet, TokenRows, collate, load_data, num_label_tokens
 from fuyou.errors import ConfigError, DataError
 from fuyou.metrics import MetricsFile
@@ -41,6 +44,7 @@ def model_config(recipe: Recipe) -> Any:
         values = dict(recipe.model.config)
         model_type = values.pop("model_type")
         try:
+            _check_sizes(values)
             return transformers.AutoConfig.for_model(model_type, **values)
         except ValueError as error:
             raise ConfigError(f"model.config={recipe.model.config!r}: {_first_sentence(error)}") from None
@@ -52,6 +56,21 @@ def model_config(recipe: Recipe) -> Any:
         return transformers.AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: no usable config.json ({_first_sentence(error)})") from None
+
+
+_LARGEST_SIZE = 1 << 24
+"""Of anything in a config that a recipe spells out; transformers makes tables of some of them in memory."""
+
+
+def _check_sizes(values: Mapping[str, Any]) -> None:
+    from fuyou.opening import MOST_LAYERS, check_layers
+
+    check_layers(values, MOST_LAYERS)
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            _check_sizes(value)
+        elif isinstance(value, int) and abs(value) > _LARGEST_SIZE:
+            raise ValueError(f"{name}={value} is larger than {_LARGEST_SIZE}, more than any model has")
 
 
 def open_model(recipe: Recipe, *, resume: str | int | None = None) -> Any:
@@ -163,6 +182,7 @@ class _Run:
         stop = self._max_steps if num_steps is None else min(self._max_steps, first + num_steps)
         target = _Target(first, max(first, stop), self._max_steps)
         self._check_continuity(target)
+        self._check_space_of_checkpoints(target)
         self._write_recipe()
         self._reporter.start(
             RunStart(
@@ -221,6 +241,36 @@ class _Run:
                 "training.max_steps or name another store"
             )
 
+    def _check_space_of_checkpoints(self, target: _Target) -> None:
+        """Say what the checkpoints to come will take; OSError if that is more than there is."""
+        every, limit = self._recipe.training.save_steps, self._recipe.training.save_total_limit
+        if every is None:
+            return
+        store = self._model.fuyou.store
+        num_to_come = target.stop_step // every - target.first_step // every
+        # A new one is whole before the oldest goes.
+        num_at_once = num_to_come if limit is None else min(num_to_come, limit + 1)
+        needed_bytes, free_bytes = num_at_once * store.checkpoint_bytes, store.free_bytes()
+        cost = (
+            f"{num_to_come} checkpoints to come, {format_bytes(store.checkpoint_bytes)} each, need "
+            f"{format_bytes(needed_bytes)} at once; {format_bytes(free_bytes)} are free"
+        )
+        if needed_bytes > free_bytes:
+            text = f"{os.strerror(errno.ENOSPC)} ({cost}: raise training.save_steps or set training.save_total_limit)"
+            raise OSError(errno.ENOSPC, text, store.directories[0])
+        if num_to_come:
+            self._reporter.note(cost)
+
+    def _keep_checkpoint(self, step: int) -> None:
+        training = self._recipe.training
+        if training.save_steps is None or step % training.save_steps:
+            return
+        self._model.fuyou.flush()
+        store = self._model.fuyou.store
+        store.checkpoint(step_name(step))
+        if training.save_total_limit is not None:
+            prune_checkpoints(store, training.save_total_limit)
+
     def _write_recipe(self) -> None:
         self._output.mkdir(parents=True, exist_ok=True)
         (self._output / "recipe.yaml").write_text(dump_recipe(self._recipe), encoding="utf-8")
@@ -244,6 +294,7 @@ class _Run:
                 metrics["eval_loss"] = self._eval_after = self._evaluate(step + 1)
                 self._model.train()
             metrics_file.write(metrics)
+            self._keep_checkpoint(step + 1)
             remaining = self._statistics.remaining_seconds(target.max_steps - step - 1)
             self._reporter.step(StepReport(step + 1, target.max_steps, metrics, remaining))
 

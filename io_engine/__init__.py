@@ -6,6 +6,7 @@ Knows no tensors, no models and no plans, and imports nothing of the other packa
 from __future__ import annotations
 
 from io_engine.buffers import Buffer, BufferPool, ByteArray
+from io_engine.checkpoints import Checkpoint
 from io_engine.checksums import checksum, combine_checksums, piece_digest
 from io_engine.choice import EngineChoice, choose_engine
 from io_engine.engine import Engine, Kind, Transfer
@@ -17,6 +18,7 @@ from io_engine.mock_engine import MockEngine
 from io_engine.posix_engine import PosixEngine
 from io_engine.probe import DirectoryProbe, probe_directory
 from io_engine.store import Store, StoreSnapshot
+from io_engine.verifying_engine import VerifyingEngine
 
 __all__ = [
     "ALIGNMENT_BYTES",
@@ -24,6 +26,7 @@ __all__ = [
     "Buffer",
     "BufferPool",
     "ByteArray",
+    "Checkpoint",
     "DirectoryProbe",
     "Engine",
     "EngineChoice",
@@ -40,6 +43,7 @@ __all__ = [
     "StoreLockedError",
     "StoreSnapshot",
     "Transfer",
+    "VerifyingEngine",
     "checksum",
     "choose_engine",
     "combine_checksums",

@@ -11,6 +11,7 @@ from pathlib import Path
 from io_engine.durable import decode_checked, read_bytes, sync_directory
 from io_engine.errors import StoreError
 from io_engine.manifest import LOCK_NAME, MANIFEST_NAME, PREVIOUS_NAME, STORE_ID_NAME, StoreId, check_format
+from io_engine.schema import check_store_id, fields_of
 
 
 def absolute_directories(directories: Sequence[str | Path] | str | Path) -> tuple[str, ...]:
@@ -40,7 +41,9 @@ def read_store_id(directory: str) -> StoreId | None:
         return None
     body = decode_checked(data, path)
     check_format(body, "fuyou-store-id", path)
-    return StoreId(body["uuid"], body["index"], body["count"])
+    values = fields_of(body, path, {"uuid": str, "index": int, "count": int})
+    check_store_id(values, path)
+    return StoreId(values["uuid"], values["index"], values["count"])
 
 
 def check_store_ids(directories: Sequence[str]) -> str:
@@ -84,6 +87,9 @@ def make_directory(path: str) -> None:
         missing.append(parent)
         parent = os.path.dirname(parent)
     try:
+        for directory in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # another process, just now; below it shows if it is one
+                os.mkdir(directory, 0o700)  # what lies in a store is nobody else's
         os.makedirs(path, exist_ok=True)
     except FileExistsError as error:
         text = f"{os.strerror(errno.ENOTDIR)} (a store needs one; use another path)"

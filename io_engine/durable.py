@@ -10,6 +10,7 @@ import contextlib
 import errno
 import json
 import os
+import stat
 from typing import Any
 
 import xxhash
@@ -26,6 +27,12 @@ _TAIL = b"}\n"
 _BODY_OFFSET = len(_HEAD) + 16 + len(_MIDDLE)
 
 TEMPORARY_SUFFIX = ".tmp"
+
+OWNER_ONLY = 0o600
+"""Permissions of every file that a store makes: weights and data of the run are nobody else's."""
+
+LARGEST_BYTES = 64 << 20
+"""Of a small file: a hundred times that of a model of 100 billion parameters."""
 
 
 def encode_checked(body: Json) -> bytes:
@@ -45,12 +52,19 @@ def decode_checked(data: bytes, path: str) -> Json:
         raise StoreCorruptError(
             f"{path} is damaged: its checksum says {stored}, its bytes give {actual}; restore it from a backup"
         )
-    return json.loads(text)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StoreCorruptError(f"{path} holds no JSON ({error}): it was made by others; use a backup") from None
 
 
 def read_bytes(path: str) -> bytes:
-    """Return all bytes of a small file."""
-    with open(path, "rb") as file:
+    """Return all bytes of a small file; StoreCorruptError for what is too large, or no file."""
+    # O_NONBLOCK: opening a pipe that somebody put there would block for ever.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_BYTES:
+            raise StoreCorruptError(f"{path} is no file of a store ({status.st_size} bytes); restore it from a backup")
         return file.read()
 
 
@@ -69,7 +83,8 @@ def sync_directory(path: str) -> None:
 
 def write_synced(path: str, data: bytes) -> None:
     """Write a file whose bytes, though not yet its name, survive a power loss; OSError carries the path."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    # O_NOFOLLOW: a link that somebody put there must not lead the write out of the store.
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, OWNER_ONLY)
     try:
         rest = memoryview(data)
         while rest:

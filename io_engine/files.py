@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import struct
 import threading
 from typing import Any, Literal
 
+from io_engine.durable import OWNER_ONLY
 from io_engine.engine import Kind
 from io_engine.errors import io_error
 from io_engine.extents import ALIGNMENT_BYTES
@@ -167,7 +170,7 @@ class Files:
 
 def preallocate(path: str, num_bytes: int) -> None:
     """Create `path` if missing and reserve its first `num_bytes` bytes; blocks. ENOSPC if they are not there."""
-    descriptor = os.open(path, os.O_CLOEXEC | os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_CLOEXEC | os.O_RDWR | os.O_CREAT, OWNER_ONLY)
     try:
         try:
             os.posix_fallocate(descriptor, 0, num_bytes)
@@ -184,6 +187,34 @@ def preallocate(path: str, num_bytes: int) -> None:
         os.close(descriptor)
 
 
+_FICLONERANGE = 0x4020940D
+"""_IOW(0x94, 13, struct file_clone_range), from linux/fs.h."""
+
+
+def clone_range(
+    source_path: str, source_offset_bytes: int, target_path: str, target_offset_bytes: int, num_bytes: int
+) -> bool:
+    """Let a range of an existing file share the blocks of another one's, until either is written; blocks.
+
+    Returns False, with nothing changed, where the file system cannot (ext4, or two file systems).
+    """
+    source = os.open(source_path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        target = os.open(target_path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            request = struct.pack("=qQQQ", source, source_offset_bytes, num_bytes, target_offset_bytes)
+            fcntl.ioctl(target, _FICLONERANGE, request)
+        finally:
+            os.close(target)
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS):
+            return False
+        raise OSError(error.errno, f"{os.strerror(error.errno or errno.EIO)} (FICLONERANGE)", target_path) from None
+    finally:
+        os.close(source)
+    return True
+
+
 def short_error(kind: Kind, file: OpenFile, path: str, offset_bytes: int, num_bytes: int, moved_bytes: int) -> OSError:
     """Build the error of a transfer of which only `moved_bytes` could be moved."""
     detail = f"short {kind}: only {moved_bytes} bytes"
@@ -195,6 +226,6 @@ def short_error(kind: Kind, file: OpenFile, path: str, offset_bytes: int, num_by
 def open_nameless(path: str, flags: int) -> int:
     """Open a file; the error has no filename yet, so that the transfer adds its offset and length to it."""
     try:
-        return os.open(path, flags, 0o666)
+        return os.open(path, flags, OWNER_ONLY)
     except OSError as error:
         raise OSError(error.errno, error.strerror) from None

@@ -14,6 +14,7 @@ import fcntl
 import os
 import threading
 
+from io_engine.durable import OWNER_ONLY
 from io_engine.errors import StoreLockedError
 
 # Module state, because record locks belong to the process as a whole. The value is the process that locked:
@@ -30,7 +31,7 @@ class StoreLock:
         with _registry_lock:
             while True:
                 self._refuse_if_held_here()
-                self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, OWNER_ONLY)
                 try:
                     self._lock()
                     status = os.fstat(self._descriptor)

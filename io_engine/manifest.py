@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from io_engine.checksums import WHOLE_PREFIX
 from io_engine.durable import Json, decode_checked, encode_checked, read_bytes
 from io_engine.errors import StoreCorruptError, StoreError
 from io_engine.layout import LAYOUT_VERSION, Layout
+from io_engine.schema import check_checksums, check_slots, checked_layout, fields_of
 
 MANIFEST_NAME = "manifest.json"
 PREVIOUS_NAME = "manifest.previous.json"
@@ -18,14 +20,17 @@ DAMAGED_NAME = "manifest.damaged.json"
 STORE_ID_NAME = "store-id.json"
 LOCK_NAME = "lock"
 
-NUMBERED_FILE = re.compile(r"(extents|scratch)-(\d+)\.bin|(layout)-(\d+)\.json")
-"""Data, scratch and layout files, and their numbers."""
+NUMBERED_FILE = re.compile(r"(extents|scratch|checkpoint)-(\d+)\.bin|(layout|checkpoint)-(\d+)\.json")
+"""Data, scratch, checkpoint and layout files, and their numbers."""
 
-TEMPORARY_FILE = re.compile(r"(manifest|manifest\.previous|store-id|layout-\d+)\.json\.tmp")
+TEMPORARY_FILE = re.compile(r"(manifest|manifest\.previous|store-id|(layout|checkpoint)-\d+)\.json\.tmp")
 """What a crash may leave of the small files."""
 
 FORMAT_VERSION = 1
-"""Of the manifest and the identities."""
+"""Of the identities."""
+
+MANIFEST_VERSION = 2
+"""Version 1 had no checksums that list the digests of their pieces."""
 
 NOTHING_COMMITTED = -1
 """The step of a store in which nothing was committed yet."""
@@ -49,7 +54,7 @@ class Manifest:
         return encode_checked(
             {
                 "format": "fuyou-store",
-                "version": FORMAT_VERSION,
+                "version": MANIFEST_VERSION,
                 "uuid": self.uuid,
                 "identity": dict(self.identity),
                 "step": self.step,
@@ -68,17 +73,25 @@ class Manifest:
         format.
         """
         body = decode_checked(data, path)
-        check_format(body, "fuyou-store", path)
-        layout = body["layout"] or {"file": None, "checksum": None}
+        check_format(body, "fuyou-store", path, MANIFEST_VERSION)
+        kinds = {"uuid": str, "identity": dict, "step": int, "slots": dict, "checksums": dict, "state": dict}
+        values = fields_of(body, path, kinds)
+        layout: dict[str, Any] = {"file": None, "checksum": None}
+        if body.get("layout") is not None:
+            layout = fields_of(body["layout"], path, {"file": str, "checksum": str})
+        # It is joined to the directory, and must not lead out of it.
+        wrong_name = layout["file"] is not None and not re.fullmatch(r"layout-[0-9]{1,18}\.json", layout["file"])
+        if wrong_name or not NOTHING_COMMITTED <= values["step"] < 2**62:
+            raise StoreCorruptError(f"{path} names no layout of a store, or no step; restore it from a backup")
         return cls(
-            uuid=body["uuid"],
-            identity=body["identity"],
-            step=body["step"],
+            uuid=values["uuid"],
+            identity=values["identity"],
+            step=values["step"],
             layout_name=layout["file"],
             layout_checksum=layout["checksum"],
-            slots=body["slots"],
-            checksums=body["checksums"],
-            state=body["state"],
+            slots=values["slots"],
+            checksums=values["checksums"],
+            state=values["state"],
         )
 
 
@@ -116,18 +129,20 @@ def check_format(body: Json, wanted_format: str, path: str, newest_version: int 
     """Raise StoreError unless a file's body is of the wanted format, in a version that this code reads."""
     if not isinstance(body, dict) or body.get("format") != wanted_format:
         raise StoreError(f"{path} is not a file of format {wanted_format!r}; give the directory of a store")
-    if body.get("version") not in range(1, newest_version + 1):
+    version = body.get("version")
+    if not isinstance(version, int) or isinstance(version, bool) or not 1 <= version <= newest_version:
         known = "version 1" if newest_version == 1 else f"versions 1 to {newest_version}"
         raise StoreError(
-            f"{path} has format version {body.get('version')}, this program reads {known}; "
+            f"{path} has format version {str(version)[:40]}, this program reads {known}; "
             "use the version of the program that made it"
         )
 
 
-def read_committed(directory: str, manifest_name: str, uuid: str) -> Committed:
-    """Return what a manifest and its layout say; StoreCorruptError for damage, FileNotFoundError for no
-    manifest.
+def read_committed(directories: Sequence[str], manifest_name: str, uuid: str) -> Committed:
+    """Return what a manifest in the first directory and its layout say; StoreCorruptError for damage,
+    FileNotFoundError for no manifest.
     """
+    directory = directories[0]
     path = os.path.join(directory, manifest_name)
     data = read_bytes(path)
     manifest = Manifest.from_bytes(data, path)
@@ -136,6 +151,8 @@ def read_committed(directory: str, manifest_name: str, uuid: str) -> Committed:
             f"{path} belongs to the store {manifest.uuid}, its directory to {uuid}; put the right manifest back"
         )
     if manifest.layout_name is None:
+        check_slots(manifest.slots, path, Layout())
+        check_checksums(manifest.checksums, path, Layout())
         return Committed(manifest, data, Layout())
     layout_path = os.path.join(directory, manifest.layout_name)
     try:
@@ -151,7 +168,10 @@ def read_committed(directory: str, manifest_name: str, uuid: str) -> Committed:
             f"{layout_path} is not the file that {path} refers to (checksum {manifest.layout_checksum}); "
             "restore it from a backup"
         )
-    return Committed(manifest, data, Layout.from_json(body))
+    layout = checked_layout(body, layout_path, len(directories), "extents")
+    check_slots(manifest.slots, path, layout)
+    check_checksums(manifest.checksums, path, layout)
+    return Committed(manifest, data, layout)
 
 
 def stored_checksum(checked_bytes: bytes) -> str:
@@ -160,14 +180,15 @@ def stored_checksum(checked_bytes: bytes) -> str:
     return checked_bytes[start : start + len(WHOLE_PREFIX) + 16].decode("ascii")
 
 
-def read_newest(directory: str, uuid: str) -> tuple[Committed, str | None]:
+def read_newest(directories: Sequence[str], uuid: str) -> tuple[Committed, str | None]:
     """Return the newest readable committed state, and, if that is the previous one, a sentence saying why."""
+    directory = directories[0]
     try:
-        return read_committed(directory, MANIFEST_NAME, uuid), None
+        return read_committed(directories, MANIFEST_NAME, uuid), None
     except (StoreCorruptError, FileNotFoundError) as error:
         torn = error
     try:
-        previous = read_committed(directory, PREVIOUS_NAME, uuid)
+        previous = read_committed(directories, PREVIOUS_NAME, uuid)
     except (StoreCorruptError, FileNotFoundError) as error:
         raise StoreCorruptError(
             f"no manifest in {directory} is usable: {torn}; and {error}. Restore {MANIFEST_NAME} from a "

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 
+from io_engine.durable import OWNER_ONLY
 from io_engine.engine import Engine
 from io_engine.extents import ALIGNMENT_BYTES, Extent, round_up
 from io_engine.space import check_space, rooms
@@ -58,7 +59,7 @@ class ScratchSpace:
         for i in grown:
             path = self._paths[i]
             if path not in self._made:
-                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+                os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, OWNER_ONLY))
                 self._made.add(path)
             self._engine.preallocate(path, striper.end_bytes[i])
         self._end_bytes = striper.end_bytes

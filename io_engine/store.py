@@ -14,13 +14,21 @@ import os
 import threading
 import time
 import uuid as uuid_module
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
 from io_engine.buffers import BufferPool
+from io_engine.checkpoints import (
+    CHECKPOINT_NAME,
+    Checkpoint,
+    checkpoint_layout,
+    delete_checkpoint,
+    make_checkpoint,
+    read_checkpoints,
+)
 from io_engine.directories import (
     absolute_directories,
     check_store_ids,
@@ -28,7 +36,15 @@ from io_engine.directories import (
     make_directory,
     refuse_foreign_files,
 )
-from io_engine.durable import Json, encode_checked, keep_previous, read_bytes, replace_durably, sync_directory
+from io_engine.durable import (
+    OWNER_ONLY,
+    Json,
+    encode_checked,
+    keep_previous,
+    read_bytes,
+    replace_durably,
+    sync_directory,
+)
 from io_engine.engine import Engine
 from io_engine.errors import StoreCorruptError, StoreError
 from io_engine.extents import Extent
@@ -52,7 +68,7 @@ from io_engine.manifest import (
 from io_engine.scratch import ScratchSpace
 from io_engine.space import check_space, rooms, total_free_bytes
 from io_engine.striping import Striper, check_rates
-from io_engine.verify import CHUNK_BYTES, checksum_on_disk, write_zeros
+from io_engine.verify import CHUNK_BYTES, copy_extent, describe_damage, find_damage, write_zeros, zero_extents
 
 Directories = Sequence[str | Path] | str | Path
 
@@ -71,6 +87,7 @@ class StoreSnapshot:
     slots: Mapping[str, int]
     checksums: Mapping[str, str]
     size_bytes: int
+    checkpoints: tuple[Checkpoint, ...]
     notes: tuple[str, ...]
 
 
@@ -99,6 +116,7 @@ class Store:
         self._process_id = os.getpid()
         self._mutex = threading.RLock()
         self._closed = False
+        self._checkpoints: list[Checkpoint] = []
         self._doubt: str | None = None  # why memory and disk may disagree
         self.notes: list[str] = list(notes)
         """Sentences on what was found and repaired at opening."""
@@ -171,13 +189,15 @@ class Store:
         lock = StoreLock(os.path.join(paths[0], LOCK_NAME))
         try:
             store_uuid = check_store_ids(paths)
-            committed, note = read_newest(paths[0], store_uuid)
+            committed, note = read_newest(paths, store_uuid)
             store = cls(paths, engine, lock, committed, () if note is None else (note,), rates)
             store._check_data_files()
+            store._checkpoints, problems = read_checkpoints(paths, store_uuid)
             if note is None:
-                store._remove_leftovers()
+                store._remove_leftovers(problems.keys())
             else:
                 store._adopt_previous()
+            store.notes += problems.values()
             return store
         except BaseException:
             lock.release()
@@ -189,8 +209,9 @@ class Store:
         it.
         """
         paths = absolute_directories(directories)
-        committed, note = read_newest(paths[0], check_store_ids(paths))
+        committed, note = read_newest(paths, check_store_ids(paths))
         manifest, layout = committed.manifest, committed.layout
+        checkpoints, problems = read_checkpoints(paths, manifest.uuid)
         return StoreSnapshot(
             directories=paths,
             uuid=manifest.uuid,
@@ -202,12 +223,17 @@ class Store:
             slots={name: manifest.slots.get(name, 0) for name in layout.extents},
             checksums=manifest.checksums,
             size_bytes=sum(file.num_bytes for file in layout.files),
-            notes=() if note is None else (note,),
+            checkpoints=tuple(checkpoints),
+            notes=(*(() if note is None else (note,)), *problems.values()),
         )
 
     def _check_data_files(self) -> None:
         for index, file in enumerate(self._layout.files):
             path = self._layout.path(index, self._directories)
+            if os.path.islink(path):
+                raise StoreCorruptError(
+                    f"{path} is a link, and no store makes one: what it leads to would be overwritten"
+                )
             try:
                 size_bytes = self._engine.file_size(path)
             except FileNotFoundError:
@@ -221,22 +247,26 @@ class Store:
                     "or delete the store's files and start anew"
                 )
 
-    def _remove_leftovers(self) -> None:
+    def _remove_leftovers(self, unreadable_checkpoints: Collection[int]) -> None:
         """Delete what an earlier process left: scratch, files of an unfinished allocation, old layouts,
         temporary files.
         """
         wanted = {(file.directory, file.name) for file in self._layout.files}
         wanted.add((0, self._committed.manifest.layout_name or ""))
         with contextlib.suppress(StoreCorruptError, StoreError, FileNotFoundError):
-            previous = read_committed(self._directories[0], PREVIOUS_NAME, self.uuid)
+            previous = read_committed(self._directories, PREVIOUS_NAME, self.uuid)
             wanted.add((0, previous.manifest.layout_name or ""))
+        # What cannot be read may be worth saving.
+        kept = {checkpoint.number for checkpoint in self._checkpoints} | set(unreadable_checkpoints)
         for index, directory in enumerate(self._directories):
             for name in sorted(os.listdir(directory)):
                 if (index, name) in wanted or not (NUMBERED_FILE.fullmatch(name) or TEMPORARY_FILE.fullmatch(name)):
                     continue
-                self._engine.remove(os.path.join(directory, name))
                 match = NUMBERED_FILE.fullmatch(name)
-                superseded = match is not None and match[3] is not None and int(match[4]) < self._layout.generation
+                if match is not None and "checkpoint" in match.groups() and int(match[2] or match[4]) in kept:
+                    continue
+                self._engine.remove(os.path.join(directory, name))
+                superseded = match is not None and match[3] == "layout" and int(match[4]) < self._layout.generation
                 if not superseded:
                     self.notes.append(f"removed {name} of an unfinished run from {directory}")
 
@@ -461,7 +491,7 @@ class Store:
             try:
                 for index in new_files:
                     path = layout.path(index, self._directories)
-                    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+                    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, OWNER_ONLY))
                     made.append(path)
                     self._engine.preallocate(path, layout.files[index].num_bytes)
                 sizes = {path: layout.files[index].num_bytes for index, path in zip(new_files, made, strict=True)}
@@ -585,6 +615,122 @@ class Store:
                 self._doubt = f"{error}; then {second_error}"
             raise
 
+    # ---- checkpoints
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """What `checkpoint` has made, the oldest first."""
+        return tuple(self._checkpoints)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Bytes that a checkpoint takes, at the latest when training has written everything once more."""
+        slots = self._committed.manifest.slots
+        return sum(file.num_bytes for file in checkpoint_layout(self._layout, slots, 0).files)
+
+    def checkpoint(self, name: str) -> Checkpoint:
+        """Keep what is committed now as a named checkpoint: a copy of all active slots. Blocks until it is durable.
+
+        Nothing may be written to them meanwhile: flush first. A checkpoint of the same name is replaced when the new
+        one is there. OSError(ENOSPC) before anything is written; StoreCorruptError for data that are not as committed;
+        ValueError for a name of other than letters, digits, dots, dashes and underscores.
+        """
+        with self._mutex:
+            self._check_usable()
+            if not CHECKPOINT_NAME.fullmatch(name):
+                raise ValueError(
+                    f"checkpoint name {name!r}: use up to 64 letters, digits, dots, dashes and underscores, "
+                    "a letter or digit first"
+                )
+            made = make_checkpoint(
+                self._committed, name, self._next_generation(), self._directories, self._engine, self.way_out
+            )
+            replaced = [checkpoint for checkpoint in self._checkpoints if checkpoint.name == name]
+            self._checkpoints.append(made)
+            for checkpoint in replaced:
+                self._delete(checkpoint)
+            return made
+
+    def remove_checkpoint(self, name: str) -> None:
+        """Delete a checkpoint's files; StoreError if there is none of that name."""
+        with self._mutex:
+            self._check_usable()
+            self._delete(self._find_checkpoint(name))
+
+    def restore(self, name: str) -> Checkpoint:
+        """Make a checkpoint the committed state, by a new commit; blocks until it is durable. The checkpoint stays.
+
+        It is copied to the inactive slots, so that a failure leaves the store as it was. Extents that were made after
+        the checkpoint are zeros again. StoreError if there is none of that name, StoreCorruptError if it is damaged.
+        """
+        with self._mutex:
+            self._check_usable()
+            checkpoint = self._find_checkpoint(name)
+            if checkpoint.layout.extents.keys() - self._layout.extents.keys():
+                raise StoreCorruptError(f"the checkpoint {name!r} has extents that the store lacks; it is not its own")
+            slots, old = {}, self._committed.manifest
+            with BufferPool(2 * CHUNK_BYTES, name="restore") as pool:
+                for extent_name in self._layout.extents:
+                    slots[extent_name] = self._restore_extent(extent_name, checkpoint, pool)
+            self._sync_data_files()
+            self._check_data_files()
+            manifest = replace(
+                old, step=checkpoint.step, slots=slots, checksums=checkpoint.checksums, state=checkpoint.state
+            )
+            self._publish(manifest, self._layout)
+            return checkpoint
+
+    def _restore_extent(self, name: str, checkpoint: Checkpoint, pool: BufferPool) -> int:
+        """Bring one extent into the state of the checkpoint; return the slot in which that is."""
+        placed, stored = self._placed(name), checkpoint.checksums.get(name)
+        target_slot = self.inactive_slot(name)
+        target = self.extent(name, target_slot)
+        if name not in checkpoint.layout.extents:
+            if len(placed.slots) == 1:
+                raise StoreError(
+                    f"extent {name!r} is not in the checkpoint {checkpoint.name!r}, and has no second slot"
+                )
+            zero_extents(self._engine, [target])
+            return target_slot
+        kept = checkpoint.layout.extents[name]
+        if (kept.num_bytes, kept.piece_bytes) != (placed.num_bytes, placed.piece_bytes):
+            raise StoreCorruptError(f"extent {name!r} has another size in the checkpoint {checkpoint.name!r}")
+        if len(placed.slots) == 1:
+            # In place, which is safe for the bytes that are committed anyway, and only for those.
+            if stored is None or stored != self.checksums.get(name):
+                raise StoreError(f"extent {name!r} has one slot, and differs in the checkpoint {checkpoint.name!r}")
+            if not find_damage(self._engine, target, placed.num_bytes, placed.piece_bytes, stored, pool):
+                return target_slot
+        source = checkpoint.layout.extent(name, 0, self._directories)
+        damage = copy_extent(self._engine, source, target, placed.num_bytes, placed.piece_bytes, stored, pool)
+        if damage:
+            raise StoreCorruptError(
+                f"the checkpoint {checkpoint.name!r} cannot be restored: {describe_damage(name, source, *damage[0])}; "
+                "take another one, or a backup"
+            )
+        return target_slot
+
+    def _find_checkpoint(self, name: str) -> Checkpoint:
+        for checkpoint in self._checkpoints:
+            if checkpoint.name == name:
+                return checkpoint
+        known = ", ".join(checkpoint.name for checkpoint in self._checkpoints) or "none"
+        raise StoreError(f"the store in {self._directories[0]} has no checkpoint {name!r}; it has {known}")
+
+    def _delete(self, checkpoint: Checkpoint) -> None:
+        delete_checkpoint(checkpoint, self._directories, self._engine)
+        self._checkpoints.remove(checkpoint)
+
+    def way_out(self) -> str:
+        """Say how to go on with damaged data."""
+        if not self._checkpoints:
+            return "There is no checkpoint to go back to: restore the store's files from a backup, or start anew"
+        listed = ", ".join(f"{checkpoint.name} (step {checkpoint.step})" for checkpoint in self._checkpoints[-5:])
+        return (
+            f"Go back to a checkpoint, {listed}, with `fuyou checkpoint STORE --restore NAME`; or restore the store's files "
+            "from a backup"
+        )
+
     # ---- scratch and checks
 
     def scratch(self, name: str, num_bytes: int) -> Extent:
@@ -610,12 +756,11 @@ class Store:
         with BufferPool(2 * CHUNK_BYTES, name="verify") as pool:
             for name, stored in self.checksums.items():
                 placed, extent = self._placed(name), self.extent(name)
-                where = f"extent {name!r} (slot {self.active_slot(name)}, {extent.path} at {extent.offset_bytes})"
+                where = f"extent {name!r} ({extent.path} at {extent.offset_bytes})"
                 try:
-                    actual = checksum_on_disk(self._engine, extent, placed.num_bytes, placed.piece_bytes, stored, pool)
+                    damage = find_damage(self._engine, extent, placed.num_bytes, placed.piece_bytes, stored, pool)
                 except (OSError, ValueError) as error:
                     problems.append(f"{where} cannot be checked: {error}")
                     continue
-                if actual != stored:
-                    problems.append(f"{where} is damaged: the manifest says {stored}, its bytes give {actual}")
+                problems += [describe_damage(name, extent, *piece) for piece in damage]
         return problems

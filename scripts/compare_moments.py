@@ -47,7 +47,9 @@ def main() -> int:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(options.work / "base")
-    rows = [row for row in (_row(tokenizer, pair) for pair in docstring_pairs()) if row["input_ids"].shape[1] <= MAX_LENGTH]
+    rows = [
+        row for row in (_row(tokenizer, pair) for pair in docstring_pairs()) if row["input_ids"].shape[1] <= MAX_LENGTH
+    ]
     held_out, train = rows[:NUM_HELD_OUT_PAIRS], rows[NUM_HELD_OUT_PAIRS : NUM_HELD_OUT_PAIRS + options.steps]
     result: dict[str, Any] = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}",
@@ -124,7 +126,9 @@ def _padded(rows: list[Batch], size: int) -> Iterator[Batch]:
         part = rows[begin : begin + size]
         length = max(row["input_ids"].shape[1] for row in part)
         yield {
-            name: torch.cat([torch.nn.functional.pad(row[name], (0, length - row[name].shape[1]), value=pad) for row in part])
+            name: torch.cat(
+                [torch.nn.functional.pad(row[name], (0, length - row[name].shape[1]), value=pad) for row in part]
+            )
             for name, pad in (("input_ids", 0), ("labels", -100))
         }
 

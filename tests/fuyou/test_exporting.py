@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 import fuyou
 from fuyou.blocks import Block, find_blocks
+from fuyou.cli import main
+from fuyou.distributed_export import export_distributed
 from fuyou.exporting import export_checkpoint
-from tests.tiny_models import tiny_model
+from io_engine import Store, StoreCorruptError
+from tests.tiny_models import tiny_batches, tiny_model, tiny_model_config
 
 
 def export(model: Any, folder: Path, fail_at: int | None = None) -> list[str]:
@@ -144,3 +151,126 @@ def test_from_a_store(tmp_path: Path) -> None:
     for folder in ("first", "second"):
         assert_holds(tmp_path / folder, plain)
         assert json.loads((tmp_path / folder / "generation_config.json").read_text())["temperature"] == 0.5
+
+
+# --- for torch.distributed.checkpoint ----------------------------------------------------------------------------------
+
+HYPERPARAMETERS: dict[str, Any] = {"lr": 3e-3, "weight_decay": 0.1}
+
+
+def trained_store(name: str, dtype: str, folder: Path, trainable: list[str] | None = None) -> Any:
+    """A streamed model after two steps, its optimizer, and three steps' batches."""
+    config = tiny_model_config(name)
+    config.attention_dropout = 0.0
+    offload = fuyou.OffloadConfig(store=folder, device="cpu", host_memory="64MiB", compute_dtype=dtype)
+    model = fuyou.from_config(config, offload=offload, seed=3, trainable=trainable)
+    optimizer = fuyou.AdamW(model, **HYPERPARAMETERS)
+    todo = [step[0] for step in tiny_batches(config, 3, 1, batch_size=2, seed=4)]
+    for batch in todo[:2]:
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer, todo
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("llama", "float32"), ("llama_tied", "float32"), ("gpt2", "bfloat16")])
+def test_dcp_loads_into_plain_torch_whose_next_step_is_ours(name: str, dtype: str, tmp_path: Path) -> None:
+    """Masters and both moments to the bit; loss and weights of the next step as floats agree (float32 compute)."""
+    streamed, ours, todo = trained_store(name, dtype, tmp_path / "store")
+    with streamed.fuyou:
+        names = [n for n, _ in streamed.named_parameters()]
+        expected = {n: ours.state_of(n) for n in names}
+    assert main(["export", str(tmp_path / "store"), str(tmp_path / "out"), "--format", "dcp"]) == 0
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    plain: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+    theirs = torch.optim.AdamW(plain.parameters(), **HYPERPARAMETERS)
+    weights, states = get_state_dict(plain, theirs)
+    wanted = {"model": weights, "optim": {"state": states["state"]}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that nothing is distributed
+        dcp.load(wanted, checkpoint_id=str(tmp_path / "out"), no_dist=True)
+    set_state_dict(plain, theirs, model_state_dict=weights, optim_state_dict=states)
+    for n, parameter in plain.named_parameters():
+        state = theirs.state[parameter]
+        assert torch.equal(parameter.detach(), expected[n].master), n
+        assert torch.equal(state["exp_avg"], expected[n].exp_avg), n
+        assert torch.equal(state["exp_avg_sq"], expected[n].exp_avg_sq), n
+        assert float(state["step"]) == expected[n].step == 2
+    if dtype == "bfloat16":
+        return
+    loss = plain(**todo[2]).loss
+    loss.backward()
+    theirs.step()
+    offload = fuyou.OffloadConfig(store=tmp_path / "store", device="cpu", host_memory="64MiB", compute_dtype=dtype)
+    again = fuyou.from_config(streamed.config, offload=offload)
+    with again.fuyou:
+        optimizer = fuyou.AdamW(again, **HYPERPARAMETERS)
+        our_loss = again(**todo[2]).loss
+        our_loss.backward()
+        optimizer.step()
+        torch.testing.assert_close(our_loss, loss.detach(), rtol=1e-6, atol=1e-6)
+        for n, parameter in plain.named_parameters():
+            torch.testing.assert_close(optimizer.state_of(n).master, parameter.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_dcp_of_frozen_parameters_has_weights_only(tmp_path: Path) -> None:
+    streamed, ours, _ = trained_store("llama", "bfloat16", tmp_path / "store", [r"model\.layers\.1\..*"])
+    with streamed.fuyou:
+        moved = ours.state_of("model.layers.1.mlp.up_proj.weight")
+        streamed.save_pretrained(str(tmp_path / "plain"))
+    assert export_distributed(tmp_path / "store", tmp_path / "out") == 2
+    metadata = dcp.FileSystemReader(tmp_path / "out").read_metadata()
+    keys = set(metadata.state_dict_metadata)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    assert {key for key in keys if key.startswith("model.")} == {f"model.{n}" for n in plain.state_dict()}
+    assert {key.split(".")[4] for key in keys if key.startswith("optim.")} == {"1"}
+    loaded = {f"model.{n}": torch.zeros_like(v) for n, v in plain.state_dict().items()}
+    moment = {"optim.state.model.layers.1.mlp.up_proj.weight.exp_avg": torch.zeros_like(moved.exp_avg)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(loaded | moment, checkpoint_id=str(tmp_path / "out"), no_dist=True)
+    assert torch.equal(next(iter(moment.values())), moved.exp_avg)
+    for n, value in plain.state_dict().items():
+        # The masters of what was trained are finer than the exported weights.
+        torch.testing.assert_close(loaded[f"model.{n}"], value, rtol=0 if ".1." not in n else 2**-7, atol=0)
+
+
+def test_dcp_over_what_is_there_and_of_what_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused, and nothing is left of an export that failed."""
+    trained_store("llama", "bfloat16", tmp_path / "store")[0].fuyou.close()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("")
+    with pytest.raises(fuyou.ModelError, match="not an empty folder"):
+        export_distributed(tmp_path / "store", tmp_path / "full")
+    snapshot = Store.peek(tmp_path / "store")
+    name = "model.layers.1/state"
+    file_index, offset, _ = snapshot.extents[name].slots[snapshot.slots[name]][0]
+    with open(sorted((tmp_path / "store").glob("extents-*.bin"))[file_index], "r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff\x01\xff")
+    with pytest.raises(StoreCorruptError, match=name):
+        export_distributed(tmp_path / "store", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dcp_holds_one_parameter_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is read once, and the one before was let go by then."""
+    from fuyou import distributed_export
+
+    trained_store("llama_tied", "bfloat16", tmp_path / "store")[0].fuyou.close()
+    alive: list[Any] = []
+    num_read = 0
+    real = distributed_export._Reader._values
+
+    def values(self: Any, name: str) -> dict[str, torch.Tensor]:
+        nonlocal num_read
+        num_read += 1
+        # One more is on its way through the writer at most.
+        assert sum(reference() is not None for reference in alive) <= 1
+        made = real(self, name)
+        alive[:] = [*alive, weakref.ref(made["exp_avg_sq"])]
+        return made
+
+    monkeypatch.setattr(distributed_export._Reader, "_values", values)
+    export_distributed(tmp_path / "store", tmp_path / "out")
+    assert num_read == len(list(tiny_model("llama_tied").parameters()))

@@ -1,4 +1,4 @@
-"""No committed step is ever lost: SIGKILL at random moments, other plans, moved directories, crashes while a store is made."""
+"""Resume: other plans, moved directories, crashes while a store is made, stores that do not fit. See test_crash.py, too."""
 
 from __future__ import annotations
 
@@ -6,26 +6,21 @@ import dataclasses
 import hashlib
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import fuyou
-from io_engine import Store, StoreError
-from tests.tiny_models import tiny_batches, tiny_model_config
-
-NUM_STEPS = 10
-SEED = 5
+from io_engine import StoreError
+from tests.fuyou.tiny_run import SEED, adamw, assert_same, batches, exported, open_model, train
+from tests.tiny_models import tiny_model_config
 
 
 @pytest.fixture(autouse=True)
@@ -34,59 +29,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def batches() -> list[dict[str, torch.Tensor]]:
-    return [step[0] for step in tiny_batches(tiny_model_config("llama"), NUM_STEPS, 1, batch_size=4, seed=SEED)]
-
-
-def open_model(store: Path, **offload: Any) -> Any:
-    options = {"device": "cpu", "micro_batch_size": 2, "host_memory": "64MiB"} | offload
-    return fuyou.from_config(tiny_model_config("llama"), offload=fuyou.OffloadConfig(store=store, **options), seed=SEED)
-
-
-def adamw(model: Any, max_grad_norm: float | None) -> Any:
-    return fuyou.AdamW(model, lr=3e-3, weight_decay=0.1, max_grad_norm=max_grad_norm)
-
-
-def train(
-    store: Path,
-    max_grad_norm: float | None,
-    *,
-    until: int = NUM_STEPS,
-    on_step: Callable[[int, float], None],
-    **offload: Any,
-) -> str:
-    """Train from where the store stands; returns how it was opened. Batch and dropout follow from the step's number."""
-    model = open_model(store, **offload)
-    with model.fuyou:
-        optimizer = adamw(model, max_grad_norm)
-        todo = batches()
-        while optimizer.step_count < until:
-            step = optimizer.step_count
-            loss = model(**todo[step]).loss
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            on_step(step, model.fuyou.step_metrics()["loss"])
-    return str(model.fuyou.resumed)
-
-
-def exported(store: Path, folder: Path) -> dict[str, torch.Tensor]:
-    """The store's weights as plain transformers would load them."""
-    model = fuyou.open_store_model(store, host_memory="64MiB")
-    with model.fuyou:
-        model.save_pretrained(folder)
-    weights: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(file)
-    return weights
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 @pytest.fixture(scope="module", params=[None, 0.5], ids=["backward-window", "forward-window"])
@@ -100,93 +42,6 @@ def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempP
     weights = exported(folder / "store", folder / "out")
     torch.set_num_threads(threads)
     return request.param, losses, weights
-
-
-# A process that trains and says after each step what step and loss that was.
-CHILD = """
-import sys, time, torch
-torch.set_num_threads(1)
-from pathlib import Path
-from tests.fuyou import test_resume as t
-
-limit = None if sys.argv[2] == "none" else float(sys.argv[2])
-def tell(step, loss):
-    print(step, loss.hex(), flush=True)
-    time.sleep(float(sys.argv[3]))
-print("opening", flush=True)
-print(t.train(Path(sys.argv[1]), limit, on_step=tell), flush=True)
-"""
-
-
-class Child:
-    """The process, and what it has said so far."""
-
-    def __init__(self, store: Path, max_grad_norm: float | None, pause_seconds: float = 0.0) -> None:
-        limit = "none" if max_grad_norm is None else str(max_grad_norm)
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", CHILD, str(store), limit, str(pause_seconds)],
-            cwd=Path(__file__).parents[2],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        self.losses: dict[int, float] = {}
-
-    def read_until(self, num_steps: int) -> bool:
-        """Read until so many more steps have returned; False if it ended before."""
-        assert self.process.stdout is not None
-        while num_steps:
-            line = self.process.stdout.readline()
-            if not line:
-                return False
-            words = line.split()
-            if words[0].isdigit():
-                self.losses[int(words[0])] = float.fromhex(words[1])
-                num_steps -= 1
-        return True
-
-    def kill(self) -> None:
-        self.process.send_signal(signal.SIGKILL)
-        rest, _ = self.process.communicate()
-        for line in rest.splitlines():
-            words = line.split()
-            if words and words[0].isdigit() and len(words) == 2:
-                self.losses[int(words[0])] = float.fromhex(words[1])
-
-
-@pytest.mark.timeout(280)
-def test_sigkill_at_random_moments(uninterrupted: Any, tmp_path: Path) -> None:
-    """At most the two steps in flight are lost, and what follows is bit for bit the run that was never killed."""
-    max_grad_norm, expected, weights = uninterrupted
-    store, choose = tmp_path / "store", random.Random(20240 + int(max_grad_norm is None))
-    last_returned, num_killed = -1, 0
-    for _ in range(3):
-        child = Child(store, max_grad_norm)
-        going = child.read_until(choose.randint(1, 2))
-        if going:
-            time.sleep(choose.random() * 0.06)  # a step takes some 0.05 s
-            num_killed += 1
-        child.kill()
-        assert child.losses, "it was to be killed after a step"
-        first = min(child.losses)
-        # Steps count from 0 here: resumed at `first` means that `first` steps were committed.
-        assert last_returned + 1 - first <= 2
-        assert first <= last_returned + 1
-        for step, loss in child.losses.items():
-            assert loss == expected[step], (step, first)
-        last_returned = max(last_returned, *child.losses)
-        if last_returned == NUM_STEPS - 1:
-            break
-    assert num_killed >= 2
-    committed = Store.peek(store).step
-    assert last_returned + 1 - committed <= 2
-    losses: dict[int, float] = {}
-    resumed = train(store, max_grad_norm, on_step=losses.__setitem__)
-    assert resumed.startswith(f"resumed at step {committed} ")
-    assert losses == {step: loss for step, loss in expected.items() if step >= committed}
-    assert_same(exported(store, tmp_path / "out"), weights)
-    assert fuyou.verify_store(store) == []
 
 
 def test_resume_with_another_plan_in_a_moved_directory(uninterrupted: Any, tmp_path: Path) -> None:
@@ -233,7 +88,7 @@ torch.set_num_threads(1)
 from pathlib import Path
 from io_engine import Store
 import fuyou.runtime, fuyou.opening
-from tests.fuyou import test_resume as t
+from tests.fuyou import tiny_run as t
 
 where, number = sys.argv[2], int(sys.argv[3])
 

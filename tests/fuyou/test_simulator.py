@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import time
 from typing import Any
 
@@ -154,7 +155,7 @@ def test_the_same_step_every_time_and_in_milliseconds() -> None:
     for lane in step.lane_seconds:
         spans = sorted((s.started_seconds, s.ended_seconds) for s in step.spans if s.lane == lane)
         assert all(0 <= begin < end <= step.seconds + 1e-9 for begin, end in spans)
-        assert all(later[0] >= earlier[1] - 1e-9 for earlier, later in zip(spans, spans[1:], strict=False))
+        assert all(later[0] >= earlier[1] - 1e-9 for earlier, later in itertools.pairwise(spans))
 
 
 def test_records_are_those_of_the_optimizer() -> None:

@@ -10,6 +10,7 @@ import pytest
 import xxhash
 
 from io_engine import checksum, combine_checksums, piece_digest
+from io_engine.checksums import listed_digests
 from tests.io_engine.helpers import pattern
 
 
@@ -28,17 +29,31 @@ def test_the_checksum_is_over_all_bytes(num_bytes: int) -> None:
     assert checksum(changed) != checksum(data)
 
 
-def test_pieces_are_combined_as_little_endian_u64() -> None:
+def test_the_digests_of_pieces_are_listed() -> None:
     data = pattern(10_000, seed=3)
     digests = [piece_digest(data[begin : begin + 4096]) for begin in range(0, 10_000, 4096)]
     assert digests == [xxhash.xxh3_64_intdigest(data.tobytes()[begin : begin + 4096]) for begin in (0, 4096, 8192)]
-    by_hand = xxhash.xxh3_64_hexdigest(struct.pack("<3Q", *digests))
-    assert combine_checksums(digests) == f"xxh3-pieces:{by_hand}"
+    by_hand = struct.pack(">3Q", *digests).hex()
+    assert combine_checksums(digests) == f"xxh3-list:{by_hand}"
+    assert listed_digests(combine_checksums(digests)) == tuple(digests)
     assert combine_checksums(digests[::-1]) != combine_checksums(digests)
 
 
 def test_the_largest_digest_fits() -> None:
-    assert combine_checksums([2**64 - 1]) == "xxh3-pieces:" + xxhash.xxh3_64_hexdigest(b"\xff" * 8)
+    assert combine_checksums([2**64 - 1]) == "xxh3-list:ffffffffffffffff"
+    assert listed_digests("xxh3:00000000000000ff") == (255,)
+
+
+def test_the_earlier_form_lists_none() -> None:
+    assert listed_digests("xxh3-pieces:0123456789abcdef") is None
+
+
+@pytest.mark.parametrize(
+    "text", ["", "crc:1", "xxh3:", "xxh3:0123", "xxh3:" + 32 * "0", "xxh3-list:" + 24 * "0", "xxh3-list:" + 16 * "G"]
+)
+def test_what_is_no_checksum(text: str) -> None:
+    with pytest.raises(ValueError, match="checksum"):
+        listed_digests(text)
 
 
 def test_hashing_lets_other_threads_run() -> None:

@@ -388,6 +388,7 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path, posix: PosixEngine, piece_by
     with Store.open(folder, engine=posix) as store:
         assert store.verify() == []
         extent = store.extent("w")
+        size = piece_bytes or 100 * MIB
         last_byte = extent.offset_bytes + store.spec("w").num_bytes - 1
     with open(extent.path, "r+b") as file:  # behind the store's back
         for position in (extent.offset_bytes, extent.offset_bytes + 9 * MIB, last_byte):
@@ -398,8 +399,8 @@ def test_verify_finds_a_flipped_bit(tmp_path: Path, posix: PosixEngine, piece_by
             file.flush()
             with Store.open(folder, engine=posix) as store:
                 (problem,) = store.verify()
-            assert "extent 'w' (slot 1" in problem
-            assert "is damaged" in problem
+            assert f"extent 'w' is damaged: its bytes {(position - extent.offset_bytes) // size * size} to " in problem
+            assert extent.path in problem
             file.seek(position)
             file.write(bytes([byte]))
             file.flush()
@@ -439,8 +440,8 @@ def test_missing_and_truncated_data_files(tmp_path: Path, posix: PosixEngine) ->
 def test_a_store_of_another_format_is_refused(tmp_path: Path, posix: PosixEngine) -> None:
     folder = tmp_path / "s"
     _committed_store(folder, posix, num_bytes=PAGE)
-    _put_body(folder / "manifest.json", _body(folder / "manifest.json")[1] | {"version": 2})
-    with pytest.raises(StoreError, match="format version 2, this program reads version 1"):
+    _put_body(folder / "manifest.json", _body(folder / "manifest.json")[1] | {"version": 3})
+    with pytest.raises(StoreError, match="format version 3, this program reads versions 1 to 2"):
         Store.open(folder, engine=posix)
 
 
@@ -527,7 +528,7 @@ def test_the_bytes_on_disk_are_as_documented(tmp_path: Path, posix: PosixEngine)
     assert identity == {"format": "fuyou-store-id", "version": 1, "uuid": uuid, "index": 0, "count": 1}
     assert manifest == {
         "format": "fuyou-store",
-        "version": 1,
+        "version": 2,
         "uuid": uuid,
         "identity": {"model": "tiny"},
         "step": 12,
@@ -550,10 +551,8 @@ def test_the_bytes_on_disk_are_as_documented(tmp_path: Path, posix: PosixEngine)
     }
     raw = _documented_read([folder], "w").tobytes()
     assert raw == data.tobytes()
-    packed = b"".join(
-        struct.pack("<Q", xxhash.xxh3_64_intdigest(raw[begin : begin + piece])) for begin in range(0, data.size, piece)
-    )
-    assert manifest["checksums"]["w"] == "xxh3-pieces:" + xxhash.xxh3_64_hexdigest(packed)
+    listed = "".join(xxhash.xxh3_64_hexdigest(raw[begin : begin + piece]) for begin in range(0, data.size, piece))
+    assert manifest["checksums"]["w"] == "xxh3-list:" + listed
     assert sorted(os.listdir(folder)) == [
         "extents-1.bin",
         "layout-1.json",
@@ -609,6 +608,30 @@ def test_a_store_of_layout_version_1_still_opens(tmp_path: Path, engine: Engine)
                     assert _documented_read(folders, name).tobytes() == content.tobytes()
             store.allocate([], description={"now": "version 2"})
     assert _body(next(folders[0].glob("layout-*.json")))[1]["version"] == 2
+
+
+def test_a_manifest_of_version_1_still_opens(tmp_path: Path, posix: PosixEngine) -> None:
+    """Its checksums are of all pieces together."""
+    folder, piece = tmp_path / "s", 2 * PAGE
+    data = pattern(5 * PAGE + 5, seed=4)
+    with Store.create(folder, identity={}, engine=posix) as store:
+        store.allocate([ExtentSpec("w", data.size, 2, piece)])
+        write(store, posix, "w", 1, data)
+        store.commit(step=1, slots={"w": 1}, checksums={}, state={})
+        extent = store.extent("w")
+    _, manifest = _body(folder / "manifest.json")
+    raw = data.tobytes()
+    packed = b"".join(
+        struct.pack("<Q", xxhash.xxh3_64_intdigest(raw[begin : begin + piece])) for begin in range(0, data.size, piece)
+    )
+    manifest |= {"version": 1, "checksums": {"w": "xxh3-pieces:" + xxhash.xxh3_64_hexdigest(packed)}}
+    _put_body(folder / "manifest.json", manifest)
+    with Store.open(folder, engine=posix) as store:
+        assert store.verify() == []
+        with open(extent.path, "r+b") as file:
+            file.seek(extent.offset_bytes + 3 * PAGE)
+            file.write(b"\xff")
+        assert f"bytes 0 to {data.size}" in store.verify()[0]
 
 
 def test_a_layout_of_a_later_version_is_refused(tmp_path: Path, posix: PosixEngine) -> None:
