@@ -231,7 +231,7 @@ def plan_model(
     )
 
 
-MOST_LAYERS = 10_000
+MOST_LAYERS = 1_000
 """Of a config; transformers makes modules for each of them, on the meta device too."""
 
 
@@ -611,11 +611,14 @@ def check_layers(data: Mapping[str, Any], most: int) -> None:
 def _checked_shard(data: Any) -> ShardLayout:
     """A shard's layout; KeyError, TypeError or ValueError for one whose numbers do not go together."""
     shapes = {str(p["name"]): tuple(map(operator.index, p["shape"])) for p in data["parameters"]}
+    # Before numpy multiplies them, in 64 bits.
+    if any(size < 0 for shape in shapes.values() for size in shape) or max(map(math.prod, shapes.values())) >= 2**50:
+        raise ValueError("a shape is negative or absurd")
     layout = ShardLayout.from_json(data)
     made = ShardLayout.of(
         str(data["name"]), shapes, layout.compute_dtype, operator.index(layout.chunk_elements), layout.moment_dtype
     )
-    if any(size < 0 for shape in shapes.values() for size in shape) or layout != made or made.num_elements >= 2**50:
+    if layout != made:
         raise ValueError(f"the parameters of {made.name[:80]} do not lie where they should")
     return made
 

@@ -114,8 +114,8 @@ REFUSED = {
     "zamba": "shared by several blocks",
     "openai-gpt": "not initialised by its model's _init_weights",
     "reformer": "autograd function of its own",
-    "prophetnet": "outside of the block that owns it",
-    "inkling2_text": "outside of the block that owns it",
+    "prophetnet": "outside of the block that owns",
+    "inkling2_text": "outside of the block that owns",
 }
 """What cannot be streamed, and the reason given."""
 REFUSED_IN_EVALUATION = {"rwkv": "writes into weights"}

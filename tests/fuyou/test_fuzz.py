@@ -6,6 +6,7 @@ No traceback, no hang, no memory, nothing written outside of the store, whatever
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import os
@@ -64,9 +65,8 @@ def mutated(value: Any, choose: random.Random) -> Any:
             node[key] = node[key] + choose.choice((-1, 1, 4096, -4096))
         elif action == 2:
             other, other_key = choose.choice(places)
-            with contextlib.suppress(KeyError, IndexError):
-                node[key], other[other_key] = other[other_key], node[key]
-                json.dumps(value)  # a value within itself is no JSON
+            # Copies, since one of them may lie within the other.
+            node[key], other[other_key] = copy.deepcopy(other[other_key]), copy.deepcopy(node[key])
         elif action == 3 and isinstance(node, list):
             node.append(node[key])
         elif action == 4 and isinstance(node, dict):

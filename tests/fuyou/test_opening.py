@@ -189,6 +189,7 @@ def test_closing_gives_the_memory_back(tmp_path: Path) -> None:
     """No buffer stays mapped when model and optimizer are gone."""
     from io_engine.buffers import _live_mappings
 
+    gc.collect()  # what earlier tests left
     before = len(_live_mappings)
     model = open_model(tmp_path / "store")
     optimizer = fuyou.AdamW(model, max_grad_norm=1.0)

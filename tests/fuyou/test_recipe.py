@@ -197,7 +197,7 @@ def test_offload_becomes_an_offload_config() -> None:
     [
         ("offload.gpu_memory", "lots", "offload.gpu_memory='lots'"),
         ("offload.compute_dtype", "float16", "offload.compute_dtype='float16'"),
-        ("offload.moment_dtype", "int8", "offload.moment_dtype='int8' is not supported by this version"),
+        ("offload.moment_dtype", "int4", "offload.moment_dtype='int4': choose one of"),
         ("offload.resume", "perhaps", "offload.resume='perhaps'"),
         ("offload.micro_batch_size", 0, "offload.micro_batch_size=0"),
         ("offload.plan", "nowhere.json", "offload.plan='nowhere.json': cannot be read"),

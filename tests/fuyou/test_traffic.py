@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import statistics
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -95,8 +97,10 @@ class Measured:
             metrics = model.fuyou.step_metrics()
             model.fuyou.flush()
             after, drive_after = model.fuyou.bytes_moved, drive()
-        # The first two steps fill what is kept in memory.
-        self.total = (moved[-1] - moved[1]) / (num_steps - 2) / parameters
+        # The first two steps fill what is kept in memory. Where each step ends with a flush, the median step: on a busy
+        # machine one may read something again that it had read ahead of its turn.
+        steps = [(later - earlier) / parameters for earlier, later in itertools.pairwise(moved[1:])]
+        self.total = statistics.median(steps) if metrics["update_window"] == "backward" else statistics.mean(steps)
         self.spilled = sum(spilled[2:]) / (num_steps - 2) / parameters
         self.last_step = (metrics["bytes_read"] + metrics["bytes_written"]) / parameters
         self.engine_bytes = after[0] - before[0], after[1] - before[1]

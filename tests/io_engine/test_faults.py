@@ -269,6 +269,8 @@ def test_ctrl_c_leaves_no_thread_no_descriptor_no_buffer(tmp_path: Path, monkeyp
     descriptors = set(os.listdir("/proc/self/fd"))
     gate = Gate(monkeypatch, "/held/")
     transfers: list[Transfer] = []
+    # Shells let what they start in the background ignore Ctrl-C.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt() -> None:
         assert gate.reached.wait(60)
@@ -283,6 +285,7 @@ def test_ctrl_c_leaves_no_thread_no_descriptor_no_buffer(tmp_path: Path, monkeyp
         transfers.append(engine.write(Extent(path, 0, MIB), buffer.array[:MIB]))
         transfers[0].wait()
     thread.join()
+    signal.signal(signal.SIGINT, handler)
     assert transfers[0].done()
     assert pool.used_bytes == 0
     pool.close()

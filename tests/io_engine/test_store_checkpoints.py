@@ -258,7 +258,9 @@ def _restore(store: Store, engine: Engine) -> None:
     store.restore("old")
 
 
-@pytest.mark.parametrize("action", [_keep, _replace, _restore])
+@pytest.mark.parametrize(
+    "action", [pytest.param(_keep, marks=pytest.mark.slow), _replace, pytest.param(_restore, marks=pytest.mark.slow)]
+)
 def test_a_crash_at_any_point(tmp_path: Path, action: Callable[[Store, Engine], None]) -> None:
     """The store opens before or after it, checkpoints are whole, and nothing is left over."""
 
