@@ -387,7 +387,7 @@ def _open(
                 _load_buffers(model, folder)
         for note in store.notes:
             resumed += f"; {note}"
-        if offload.io != "posix":
+        if not isinstance(engine, PosixEngine):
             resumed += f"; {choice.reason}"
         if device == "cpu" and torch.get_num_threads() != numerics["num_threads"]:
             resumed += f"; compute threads set to the run's {numerics['num_threads']}"
