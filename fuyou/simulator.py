@@ -19,7 +19,7 @@ RECORD_PARAMETERS = 2 * 2**20
 """Of one record of states, as in `optim.layout`."""
 MOST_PIECES = 8
 """Into which a block's update is cut at most, so that large blocks cost no more time here than small ones."""
-RECORD_BUFFERS = 4
+RECORD_BUFFERS = 6
 """Records between the beginning of their read and the end of their write."""
 
 Speeds = Callable[[frozenset[str]], Mapping[str, float]]

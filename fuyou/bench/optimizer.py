@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 SUMMARY = "a step of the out-of-core optimizer beside its own reads and writes without arithmetic"
 SHARD_PARAMETERS = 6 * 2**20
 """Of one shard: a decoder layer of a small model, three records."""
-RECORD_BUFFERS, WEIGHT_BUFFERS, GRADIENT_BUFFERS = 4, 3, 3
+RECORD_BUFFERS, WEIGHT_BUFFERS, GRADIENT_BUFFERS = 6, 3, 3
 NUM_COPIES, COPIES_READ_AHEAD = 10, 4
 """Buffers of the limit, and how many are being read: more than the step has, so that it is a limit."""
 
