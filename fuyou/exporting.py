@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import save_file
@@ -66,6 +66,74 @@ def export_checkpoint(
     # Last, since every loader prefers a single file to an index.
     for name in earlier:
         (path / name).unlink(missing_ok=True)
+
+
+class NamesOnly(Mapping[str, Any]):
+    """`state_dict()` of a streamed model: the names, as loaders of checkpoints ask for them, but no values."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._names = dict.fromkeys(names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __getitem__(self, name: str) -> NoReturn:
+        raise ModelError(
+            "state_dict() of a streamed model would hold every weight in memory: use model.save_pretrained(folder) to "
+            "export it, optimizer.state_of(name) to look at one parameter"
+        )
+
+    def __reduce__(self) -> NoReturn:
+        self[""]
+        raise AssertionError("unreachable")
+
+
+def compare_state_dict(
+    model: nn.Module,
+    blocks: ModelBlocks,
+    read_block: Callable[[Block], dict[str, torch.Tensor]],
+    state_dict: Mapping[str, torch.Tensor],
+    *,
+    strict: bool,
+) -> Any:
+    """`load_state_dict` of weights that the store holds already, as when a run continues; reads those blocks only.
+
+    `state_dict` has the names of an export, tensors of any device. Returns torch's (missing_keys,
+    unexpected_keys), of which nothing is missing.
+    ModelError if a value differs, or if a name is missing or unknown and `strict`.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    homes: dict[str, Block] = {}
+    for block in blocks.blocks:
+        # Only the names are of interest, which depend on nothing but names and shapes.
+        empty = {name: torch.empty_like(parameters[name], device="meta") for name in block.parameters}
+        homes |= dict.fromkeys(_checkpoint_layout(model, empty), block)
+    buffers = _persistent_buffers(model)
+    known = {*homes, *buffers}
+    missing, unexpected = sorted(known - set(state_dict)), sorted(set(state_dict) - known)
+    if strict and (missing or unexpected):
+        raise ModelError(
+            f"load_state_dict() of a streamed model: {len(missing)} names are missing, {len(unexpected)} are none of the model's "
+            f"(first: {[*missing, *unexpected][0]})"
+        )
+    for block in {id(homes[name]): homes[name] for name in state_dict if name in homes}.values():
+        own = _checkpoint_layout(model, read_block(block))
+        for name in own.keys() & state_dict.keys():
+            given = state_dict[name].cpu()
+            dtype = torch.promote_types(given.dtype, own[name].dtype)
+            if not torch.equal(given.to(dtype), own[name].to(dtype)):
+                raise ModelError(
+                    f"load_state_dict() of a streamed model: {name} differs from the store's, and the weights are those of the "
+                    "store. A run continues from its store by itself; fuyou.from_pretrained(folder, ...) with another store "
+                    "begins from other weights"
+                )
+    return torch.nn.modules.module._IncompatibleKeys([], unexpected)  # the store has what is not given
 
 
 def _weight_files(path: Path) -> set[str]:

@@ -22,7 +22,7 @@ from fuyou.executor.device import Device, make_device
 from fuyou.executor.ops import Op
 from fuyou.executor.step import ForwardRecord, Output, StepExecutor
 from fuyou.executor.weights import WeightStream
-from fuyou.exporting import export_checkpoint
+from fuyou.exporting import NamesOnly, compare_state_dict, export_checkpoint
 from fuyou.hardware import cached_hardware
 from fuyou.memory import MemoryMeter
 from fuyou.plan import Plan
@@ -200,13 +200,8 @@ class Runtime:
 
     def export(self, folder: str) -> None:
         """Write the current weights as a plain transformers checkpoint, block by block; flushes first."""
-
-        def read_block(block: Block) -> dict[str, torch.Tensor]:
-            with self._block_on_host(block.name) as tensors:
-                return {name: tensor.clone() for name, tensor in tensors.items()}
-
         with self._weights_of_last_step():
-            export_checkpoint(self._model, self.blocks, read_block, folder)
+            export_checkpoint(self._model, self.blocks, self._copy_block, folder)
 
     # --- the optimizer ---------------------------------------------------------------------------------------------
 
@@ -366,16 +361,18 @@ class Runtime:
             self.export(save_directory)
 
         def state_dict(*_args: Any, **_kwargs: Any) -> Any:
-            raise ModelError(
-                "state_dict() of a streamed model would hold every weight in memory: use model.save_pretrained(folder) to "
-                "export it, optimizer.state_of(name) to look at one parameter"
-            )
+            return NamesOnly([name for name, _ in model.named_parameters(remove_duplicate=False)])
+
+        def load_state_dict(state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False) -> Any:
+            with self._weights_of_last_step():
+                return compare_state_dict(model, self.blocks, self._copy_block, state_dict, strict=strict)
 
         replacements: dict[str, Callable[..., Any]] = {
             "forward": forward,
             "to": to,
             "save_pretrained": save_pretrained,
             "state_dict": state_dict,
+            "load_state_dict": load_state_dict,
         }
         for name, function in replacements.items():
             object.__setattr__(model, name, function)
@@ -706,6 +703,10 @@ class Runtime:
             yield {p.name: flat[p.start : p.stop].view(p.shape) for p in shard.layout.parameters}
         finally:
             self._weights.release(shard)
+
+    def _copy_block(self, block: Block) -> dict[str, torch.Tensor]:
+        with self._block_on_host(block.name) as tensors:
+            return {name: tensor.clone() for name, tensor in tensors.items()}
 
     def _cut_short(self) -> str | None:
         """What was interrupted in its middle, so that memory and store may disagree; None if nothing was."""

@@ -1,12 +1,27 @@
-"""`FuyouCallback`: what an unmodified `transformers.Trainer` needs to know about a streamed model."""
+"""`FuyouCallback`: what an unmodified `transformers.Trainer` needs to know about a streamed model.
+
+Resuming: every commit of the store carries what Trainer's own checkpoints hold beside weights and states, which are in the
+store. When a Trainer is made, a folder `checkpoint-<committed step>` is written for it if there is none, so that
+`train(resume_from_checkpoint=True)` continues at the last committed step, also after a crash between two of Trainer's saves.
+"""
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import functools
+import json
+import os
+import random
+import shutil
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import TrainerCallback
+from safetensors.torch import save_file
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import logging
 
 from fuyou.building import StreamedParameter
@@ -25,6 +40,22 @@ class FuyouCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._max_grad_norm: float | None = None
+        self._written_step: int | None = None
+        """Of the folder written here: its scheduler's state is that before the scheduler's last step."""
+
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write Trainer's checkpoint folder for the store's last commit if it is missing."""
+        optimizer = getattr(getattr(kwargs.get("model"), "fuyou", None), "optimizer", None)
+        if optimizer is not None and _COMMITTED in optimizer.extra:
+            folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{optimizer.step_count}"
+            if not folder.exists():
+                _write_checkpoint(folder, optimizer)
+                logger.warning(
+                    f"the store continues at step {optimizer.step_count}: train(resume_from_checkpoint=True) does, too, with "
+                    f"{folder}, written from the store's last commit"
+                )
+            if (folder / _MARK).exists():
+                self._written_step = optimizer.step_count
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Check the combination; refuse (ConfigError) what would silently do something else."""
@@ -41,8 +72,13 @@ class FuyouCallback(TrainerCallback):
         if state.global_step != optimizer.step_count:
             logger.warning(
                 f"the store continues at step {optimizer.step_count} while Trainer counts from step {state.global_step}: data "
-                "and learning rates begin anew. To begin a new run name another store"
+                "and learning rates begin anew. To continue, train(resume_from_checkpoint=True); for a new run name another store"
             )
+        elif self._written_step is not None and state.global_step == self._written_step:
+            _catch_up(_unwrapped_scheduler(kwargs["lr_scheduler"]))
+        self._written_step = None
+        if self._max_grad_norm is not None and not args.max_grad_norm:
+            args.max_grad_norm = self._max_grad_norm  # an earlier train() ended with an exception, before on_train_end
         if args.max_grad_norm and args.max_grad_norm > 0:
             if optimizer.max_grad_norm is None:
                 raise ConfigError(
@@ -52,6 +88,13 @@ class FuyouCallback(TrainerCallback):
             optimizer.max_grad_norm = args.max_grad_norm
             self._max_grad_norm, args.max_grad_norm = args.max_grad_norm, 0.0
         _let_trainer_look(model, optimizer)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let the commit of this step carry Trainer's state."""
+        optimizer = _unwrapped(kwargs["optimizer"])
+        optimizer.commit_extra(
+            {_COMMITTED: _state_after(state, optimizer, _unwrapped_scheduler(kwargs["lr_scheduler"]))}
+        )
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add what the last step moved to a step's logs."""
@@ -86,6 +129,92 @@ class FuyouCallback(TrainerCallback):
         if runtime is not None:
             runtime.flush()
             _end_look(model)
+
+
+_COMMITTED = "trainer"
+"""Key of Trainer's state in a commit."""
+_MARK = "fuyou_checkpoint.json"
+"""File of a folder that was written here: which step of which store it goes with."""
+
+
+def _state_after(state: Any, optimizer: OffloadedAdamW, scheduler: Any) -> dict[str, Any]:
+    """JSON of what Trainer saves beside weights and states, as of the step that is about to be taken.
+
+    The scheduler's state is that before its step, which follows the optimizer's. Left out: the log, which grows and is
+    taken from Trainer's last checkpoint instead; a scheduler's state that is no JSON.
+    """
+    figures = dataclasses.asdict(state) | {"global_step": state.global_step + 1, "log_history": []}
+    schedule = {"scheduler": scheduler.state_dict(), "groups": optimizer.state_dict()["param_groups"]}
+    try:
+        json.dumps(schedule, allow_nan=False)
+    except (TypeError, ValueError):
+        schedule = {}
+    return {"state": figures, "random": _random_states(), **schedule}
+
+
+def _write_checkpoint(folder: Path, optimizer: OffloadedAdamW) -> None:
+    """Trainer's files for the last commit, complete or not there at all. The weights stay in the store."""
+    committed = optimizer.extra[_COMMITTED]
+    last = get_last_checkpoint(str(folder.parent)) if folder.parent.is_dir() else None
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        state = TrainerState(**committed["state"])
+        if last is not None:
+            earlier = TrainerState.load_from_json(os.path.join(last, "trainer_state.json"))
+            state.log_history = [entry for entry in earlier.log_history if entry.get("step", 0) <= state.global_step]
+        state.save_to_json(str(partial / "trainer_state.json"))
+        if "scheduler" in committed:
+            groups = [group | {"betas": tuple(group["betas"])} for group in committed["groups"]]
+            torch.save({"state": {}, "param_groups": groups}, partial / "optimizer.pt")
+            torch.save(committed["scheduler"], partial / "scheduler.pt")
+        torch.save(_loaded_random_states(committed["random"]), partial / "rng_state.pth")
+        # Trainer wants a file of weights; with none in it nothing is loaded into a model whose store has them.
+        save_file({}, partial / "model.safetensors", metadata={"format": "pt"})
+        mark = {"step": optimizer.step_count, "weights": "in the store"}
+        (partial / _MARK).write_text(json.dumps(mark) + "\n")
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _catch_up(scheduler: Any) -> None:
+    """The scheduler's step that Trainer makes behind the optimizer's, of schedulers that it steps there."""
+    if type(scheduler).__name__ not in ("ReduceLROnPlateau", "GreedyLR"):
+        scheduler.step()
+
+
+def _random_states() -> dict[str, Any]:
+    """The states that Trainer keeps, as JSON."""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    states: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [kind, _text(keys), *rest],
+        "cpu": _text(torch.random.get_rng_state().numpy()),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = _text(torch.cuda.random.get_rng_state().numpy())
+    return states
+
+
+def _loaded_random_states(states: dict[str, Any]) -> dict[str, Any]:
+    """Undo `_random_states`: what Trainer finds in rng_state.pth."""
+    version, keys, gauss = states["python"]
+    kind, words, *rest = states["numpy"]
+    return {
+        "python": (version, tuple(keys), gauss),
+        "numpy": (kind, np.frombuffer(base64.b64decode(words), np.uint32).copy(), *rest),
+    } | {
+        device: torch.from_numpy(np.frombuffer(base64.b64decode(states[device]), np.uint8).copy())
+        for device in ("cpu", "cuda")
+        if device in states
+    }
+
+
+def _text(array: Any) -> str:
+    return base64.b64encode(array.tobytes()).decode()
 
 
 def _check_arguments(args: Any) -> None:
@@ -129,3 +258,8 @@ def _global_norm(optimizer: OffloadedAdamW) -> torch.Tensor:
 def _unwrapped(optimizer: Any) -> Any:
     """The optimizer inside accelerate's wrapper."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def _unwrapped_scheduler(scheduler: Any) -> Any:
+    """The scheduler inside accelerate's wrapper; schedulers have an `optimizer` themselves."""
+    return getattr(scheduler, "scheduler", scheduler)

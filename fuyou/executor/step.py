@@ -986,10 +986,6 @@ class StepExecutor:
             "_apply": refuse(
                 "the dtype and device of a streamed model cannot be changed: choose device and compute_dtype in OffloadConfig"
             ),
-            "load_state_dict": refuse(
-                "load_state_dict() of a streamed model: its weights are those of its store. Open another store with "
-                "fuyou.from_pretrained(folder, ...) to begin from other weights; a run continues from its store by itself"
-            ),
             "gradient_checkpointing_enable": refuse(
                 "gradient checkpointing: a streamed model computes its layers again in the backward pass already; leave it off"
             ),

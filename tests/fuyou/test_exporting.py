@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
@@ -274,3 +275,24 @@ def test_dcp_holds_one_parameter_at_a_time(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(distributed_export._Reader, "_values", values)
     export_distributed(tmp_path / "store", tmp_path / "out")
     assert num_read == len(list(tiny_model("llama_tied").parameters()))
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "mixtral"])
+def test_load_state_dict_compares(name: str, tmp_path: Path) -> None:
+    """What the store holds is accepted, in the names of a checkpoint; anything else is refused and changes nothing."""
+    offload = fuyou.OffloadConfig(store=tmp_path / "store", device="cpu", compute_dtype="float32", host_memory="64MiB")
+    model: Any = fuyou.from_config(tiny_model_config(name), offload=offload, seed=1)
+    with model.fuyou:
+        model.save_pretrained(tmp_path / "start")
+        index = json.loads((tmp_path / "start" / "model.safetensors.index.json").read_text())["weight_map"]
+        weights = {key: load_file(tmp_path / "start" / file)[key] for key, file in index.items()}
+        model.load_state_dict(weights)
+        assert model.load_state_dict({"none": torch.zeros(1)}, strict=False).unexpected_keys == ["none"]
+        with pytest.raises(fuyou.ModelError, match="missing"):
+            model.load_state_dict({})
+        key = next(k for k in weights if "layers.1" in k)
+        weights[key].flatten()[-1] += 1e-3
+        with pytest.raises(fuyou.ModelError, match=key.replace(".", r"\.")):
+            model.load_state_dict(weights)
+        weights[key].flatten()[-1] -= 1e-3
+        assert "model.norm.weight" in model.state_dict()

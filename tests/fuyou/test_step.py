@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import io
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -294,7 +295,8 @@ def test_methods_that_would_work_on_placeholders_are_refused(make: Callable[...,
         pair.model.double,
         lambda: pair.model.load_state_dict({}),
         pair.model.gradient_checkpointing_enable,
-        pair.model.state_dict,
+        lambda: list(pair.model.state_dict().values()),
+        lambda: torch.save(pair.model.state_dict(), io.BytesIO()),
     ):
         with pytest.raises(fuyou.ModelError):
             call()

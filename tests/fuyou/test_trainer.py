@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import fuyou
 from tests.tiny_models import tiny_batches, tiny_model_config
@@ -157,6 +157,13 @@ def test_clip_grad_norm_is_refused(model: Any) -> None:
     [
         ({"fp16": True}, "fp16"),
         ({CHECKPOINTING: True}, "checkpointing"),
+        pytest.param(
+            {"torch_compile": True},
+            "torch_compile",
+            # accelerate imports torch's compiler, which is not ready for its own deprecations.
+            marks=pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
+        ),
+        ({"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2}, "load_best_model_at_end"),
         ({"max_grad_norm": 1.0}, "without clipping"),
     ],
 )
@@ -235,3 +242,128 @@ def test_bfloat16_autocast(tmp_path: Path) -> None:
         made.train()
     assert history(made, "loss") == pytest.approx(history(expected, "loss"), rel=1e-5)
     assert history(made, "grad_norm") == pytest.approx(history(expected, "grad_norm"), rel=1e-3)
+
+
+class Stop(TrainerCallback):
+    """Ends training like a crash, behind the given step's own callbacks."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Raise at the step."""
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def _train(folder: Path, stop: int | None, resume: bool | str | None = None, **changes: Any) -> Trainer:
+    """A Trainer over the run in `folder`, made as a script would make it each time it is started."""
+    model = streamed(tiny_model_config("llama"), folder)
+    optimizer = fuyou.AdamW(model, lr=2e-3, weight_decay=0.1, max_grad_norm=0.5)
+    callbacks = [fuyou.FuyouCallback(), *([Stop(stop)] if stop else [])]
+    options: dict[str, Any] = {"max_steps": 7, "lr_scheduler_type": "cosine", "eval_strategy": "no"} | changes
+    try:
+        made = trainer(model, folder / "out", optimizer, callbacks, **options)
+        try:
+            made.train(resume_from_checkpoint=resume)
+        except KeyboardInterrupt:
+            model.fuyou.abandon()
+            raise
+        model.save_pretrained(folder / "end")
+        return made
+    finally:
+        model.fuyou.abandon()
+
+
+@pytest.mark.parametrize("save_steps", [100, 2])
+def test_resumes_at_the_last_commit(tmp_path: Path, save_steps: int) -> None:
+    """Killed between two of Trainer's saves: losses, rates and weights of the rest are those of a run that was not."""
+    saves = {"save_strategy": "steps", "save_steps": save_steps}
+    expected = _train(tmp_path / "whole", None)
+    for stop in (3, 6):
+        with pytest.raises(KeyboardInterrupt):
+            _train(tmp_path / "cut", stop, resume=stop > 3, **saves)
+    made = _train(tmp_path / "cut", None, resume=True, **saves)
+    assert made.state.global_step == 7
+    for key in ("loss", "grad_norm", "learning_rate"):
+        got, wanted = (
+            {entry["step"]: entry[key] for entry in run.state.log_history if key in entry} for run in (made, expected)
+        )
+        assert set(got) >= {6, 7}
+        assert got == {step: wanted[step] for step in got}, key
+    ends = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "end", dtype="auto").parameters()
+        for name in ("whole", "cut")
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_resumes_from_trainers_own_checkpoint(tmp_path: Path) -> None:
+    """A finished run goes on with more steps; an older checkpoint than the store's step is refused."""
+    saves = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+    expected = _train(tmp_path / "whole", None, max_steps=6, lr_scheduler_type="constant")
+    _train(tmp_path / "cut", None, max_steps=4, **saves)
+    made = _train(tmp_path / "cut", None, resume=str(tmp_path / "cut" / "out" / "checkpoint-4"), max_steps=6, **saves)
+    assert history(made, "loss") == history(expected, "loss")
+    with pytest.raises(fuyou.ModelError, match="differs from the store's"):
+        _train(tmp_path / "cut", None, resume=str(tmp_path / "cut" / "out" / "checkpoint-2"), max_steps=8, **saves)
+
+
+def _accuracy(prediction: Any) -> dict[str, float]:
+    labels = prediction.label_ids[:, 1:]
+    right = prediction.predictions.argmax(-1)[:, :-1] == labels
+    return {"accuracy": float(right[labels != -100].mean()), "size": float(abs(prediction.predictions).mean())}
+
+
+def test_compute_metrics_and_predict(tmp_path: Path) -> None:
+    """Evaluation sees the logits of plain transformers, between steps too."""
+    changes: dict[str, Any] = {"max_steps": 2, "eval_steps": 1}
+    model = streamed(tiny_model_config("llama"), tmp_path)
+    model.save_pretrained(tmp_path / "start")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype=torch.float32)
+    expected = trainer(plain, tmp_path / "plain", **changes)
+    optimizer = fuyou.AdamW(model, lr=2e-3, weight_decay=0.1, max_grad_norm=0.5, param_groups=_groups(model))
+    with model.fuyou:
+        made = trainer(model, tmp_path / "out", optimizer, [fuyou.FuyouCallback()], **changes)
+        for run in (expected, made):
+            run.compute_metrics = _accuracy
+            run.train()
+        for key in ("eval_loss", "eval_accuracy", "eval_size"):
+            assert history(made, key) == pytest.approx(history(expected, key), rel=2e-5), key
+            assert len(history(made, key)) == 2
+        rows = made.eval_dataset
+        torch.testing.assert_close(
+            made.predict(rows).predictions, expected.predict(rows).predictions, rtol=1e-3, atol=1e-5
+        )
+
+
+def test_save_total_limit_and_loggers(tmp_path: Path) -> None:
+    """The newest checkpoints stay; what other callbacks are given to log holds our figures."""
+    seen: list[dict[str, Any]] = []
+
+    class Logger(TrainerCallback):
+        """A logger as users write them, behind ours."""
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            """Keep it."""
+            seen.append(dict(logs))
+
+    model = streamed(tiny_model_config("llama"), tmp_path)
+    optimizer = fuyou.AdamW(model, max_grad_norm=0.5)
+    with model.fuyou:
+        made = trainer(
+            model,
+            tmp_path / "out",
+            optimizer,
+            [fuyou.FuyouCallback(), Logger()],
+            save_strategy="steps",
+            save_steps=1,
+            save_total_limit=2,
+            max_steps=4,
+            eval_strategy="no",
+        )
+        made.train()
+    assert sorted(p.name for p in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-4"]
+    steps = [entry for entry in seen if "loss" in entry]
+    assert len(steps) == 4
+    assert all(entry["fuyou/bytes_written"] > 0 and entry["grad_norm"] > 0 for entry in steps)
