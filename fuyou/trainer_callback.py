@@ -44,7 +44,8 @@ class FuyouCallback(TrainerCallback):
         """Of the folder written here: its scheduler's state is that before the scheduler's last step."""
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Write Trainer's checkpoint folder for the store's last commit if it is missing."""
+        """Refuse arguments (ConfigError); write Trainer's checkpoint folder for the store's last commit if it is missing."""
+        _check_arguments(args)
         optimizer = getattr(getattr(kwargs.get("model"), "fuyou", None), "optimizer", None)
         if optimizer is not None and _COMMITTED in optimizer.extra:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{optimizer.step_count}"
