@@ -198,6 +198,19 @@ class Runtime:
             self._check_tokens(arguments)
             return self._executor.list_ops(self._rows(arguments)[0] | {"use_cache": False})
 
+    def adopt_forward(self) -> None:
+        """Compute with the `forward` that somebody has put on the model since, as trl's SFTTrainer does; in outputs mode.
+
+        Such a function may call the base model and read the head's weights, which are there only while the engine runs
+        it. accelerate's autocast around our own forward alone is none.
+        """
+        given = self._model.__dict__["forward"]
+        if self._model.__dict__.get("_original_forward", given) is self._own_forward or given is self._own_forward:
+            return
+        self._executor.adopted_forward = given
+        self.outputs_mode = True
+        object.__setattr__(self._model, "forward", self._own_forward)
+
     def export(self, folder: str) -> None:
         """Write the current weights as a plain transformers checkpoint, block by block; flushes first."""
         with self._weights_of_last_step():
@@ -344,6 +357,8 @@ class Runtime:
 
         @functools.wraps(plain.__get__(model))
         def forward(*args: Any, **kwargs: Any) -> Any:
+            if self._executor.is_inside:  # called by a forward that was adopted
+                return plain(model, *args, **kwargs)
             return self._forward(*args, **kwargs)
 
         def to(*args: Any, **kwargs: Any) -> nn.Module:
@@ -377,11 +392,15 @@ class Runtime:
         for name, function in replacements.items():
             object.__setattr__(model, name, function)
         object.__setattr__(model, "fuyou", self)
+        self._own_forward = forward
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         self._check_usable()
-        bound = self._signature.bind(self._model, *args, **kwargs)
         arguments: dict[str, Any] = {}
+        adopted = self._executor.adopted_forward is not None
+        bound = self._signature.bind(self._model, *args, **({} if adopted else kwargs))
+        if adopted:  # it may have parameters that the class's forward has not
+            arguments |= kwargs
         for name, value in bound.arguments.items():
             kind = self._signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_KEYWORD:
@@ -544,7 +563,7 @@ class Runtime:
             if arguments.get("labels") is None:
                 return self._executor.infer(arguments)
             parts = self._split(arguments)
-            if len(parts) == 1:
+            if len(parts) == 1 or self._executor.adopted_forward is not None:
                 return self._executor.infer(arguments)
             loss, logits = 0.0 if any(weight for _, weight in parts) else math.nan, []
             for part, weight in parts:

@@ -70,6 +70,7 @@ class FuyouCallback(TrainerCallback):
                 "update nothing"
             )
         _check_arguments(args)
+        runtime.adopt_forward()
         if state.global_step != optimizer.step_count:
             logger.warning(
                 f"the store continues at step {optimizer.step_count} while Trainer counts from step {state.global_step}: data "

@@ -233,6 +233,8 @@ class StepExecutor:
         self._current: _MicroBatch | None = None
         self._record: ForwardRecord | None = None
         self._hub: greenlet.greenlet | None = None
+        self.adopted_forward: Callable[..., Any] | None = None
+        """What micro-batches run instead of the class's forward."""
         self._training = False
         self._patch_layers()
         for module in model.modules():
@@ -592,6 +594,11 @@ class StepExecutor:
 
             layer.forward = forward
 
+    @property
+    def is_inside(self) -> bool:
+        """Whether the caller runs as a part of a micro-batch's forward."""
+        return self._current is not None and self._current.greenlet is greenlet.getcurrent()
+
     def _enter_layer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         micro_batch = self._current
         if micro_batch is None or micro_batch.greenlet is not greenlet.getcurrent():
@@ -786,7 +793,7 @@ class StepExecutor:
         """Greenlets may run inside; `record` is the training step's. Whatever happens, all of them end."""
         if self._hub is not None:
             raise ModelError("the model is running already: a forward pass cannot be started inside another")
-        self._plain_forward = type(self._model).forward.__get__(self._model)
+        self._plain_forward = self.adopted_forward or type(self._model).forward.__get__(self._model)
         self._hub, self._training = greenlet.getcurrent(), record is not None
         if record is not None:
             self._record = record

@@ -1,0 +1,112 @@
+"""Unmodified trainers of trl over a streamed model, next to the same trainers over the plain model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from datasets import Dataset
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import fuyou
+from tests.tiny_models import tiny_model_config
+
+trl = pytest.importorskip("trl", reason="trl (extra trl) is not installed")
+
+# trl warns of its own coming changes.
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    # accelerate keeps these for the whole process.
+    GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """A token for each letter."""
+    vocabulary = {
+        token: number for number, token in enumerate(["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz "])
+    }
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+def sft(model: Any, folder: Path, optimizer: Any = None, **changes: Any) -> Any:
+    """The script of trl's documentation; with an optimizer of ours, the lines that change."""
+    texts = [
+        {"text": f"the cat {chr(97 + i % 26)} sat on mat {chr(97 + (3 * i) % 26)}"[: 14 + i % 5]} for i in range(24)
+    ]
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "max_grad_norm": 0.5,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
+    made = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(**options | changes),
+        train_dataset=Dataset.from_list(texts),
+        eval_dataset=Dataset.from_list(texts[:6]),
+        processing_class=letters(),
+        optimizers=(optimizer, None),
+        callbacks=[fuyou.FuyouCallback()] if optimizer is not None else None,
+    )
+    made.train()
+    return made
+
+
+def history(made: Any, key: str) -> list[float]:
+    return [entry[key] for entry in made.state.log_history if key in entry]
+
+
+@pytest.mark.parametrize("changes", [{}, {"bf16": True}, {"loss_type": "dft"}], ids=["plain", "autocast", "dft"])
+def test_sft_equals_plain(changes: dict[str, Any], tmp_path: Path) -> None:
+    """trl calls the base model and reads the head's weights itself: losses, norms, its own metrics, evaluation."""
+    config = tiny_model_config("llama_tied")
+    config.attention_dropout = 0.0
+    offload = fuyou.OffloadConfig(
+        store=tmp_path / "store", device="cpu", compute_dtype="float32", host_memory="64MiB", micro_batch_size=1
+    )
+    model: Any = fuyou.from_config(config, offload=offload, seed=1)
+    model.save_pretrained(tmp_path / "start")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype=torch.float32)
+    expected = sft(plain, tmp_path / "plain", **changes)
+    optimizer = fuyou.AdamW(model, lr=2e-3, weight_decay=0.0, max_grad_norm=0.5)
+    with model.fuyou:
+        made = sft(model, tmp_path / "out", optimizer, **changes)
+        # bfloat16 sums over two rows at once differ from those over one and one.
+        tolerance = 2e-2 if changes.get("bf16") else 2e-4
+        for key in ("loss", "grad_norm", "eval_loss", "entropy", "mean_token_accuracy", "eval_mean_token_accuracy"):
+            assert history(made, key) == pytest.approx(history(expected, key), rel=tolerance, abs=tolerance), key
+        assert len(history(made, "loss")) == 3
+        assert model.fuyou.committed_step == 3
+        model.save_pretrained(tmp_path / "end")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "end", dtype="auto")
+    if not changes.get("bf16"):
+        for (name, parameter), wanted in zip(exported.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(parameter, wanted, rtol=1e-3, atol=2e-5, msg=name)
