@@ -110,3 +110,62 @@ def test_sft_equals_plain(changes: dict[str, Any], tmp_path: Path) -> None:
     if not changes.get("bf16"):
         for (name, parameter), wanted in zip(exported.named_parameters(), plain.parameters(), strict=True):
             torch.testing.assert_close(parameter, wanted, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def dpo(model: Any, reference: Any, folder: Path, optimizer: Any = None) -> Any:
+    """The script of trl's documentation with a reference model; with an optimizer of ours, the lines that change."""
+    rows = [
+        {"prompt": "the cat ", "chosen": f"sat on {chr(97 + i % 26)}", "rejected": f"ran {chr(97 + (2 * i) % 26)}"}
+        for i in range(16)
+    ]
+    made = trl.DPOTrainer(
+        model=model,
+        ref_model=reference,
+        args=trl.DPOConfig(
+            output_dir=str(folder),
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+            max_steps=3,
+            learning_rate=2e-3,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            max_grad_norm=0.5,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=letters(),
+        optimizers=(optimizer, None),
+        callbacks=[fuyou.FuyouCallback()] if optimizer is not None else None,
+    )
+    if optimizer is not None:
+        reference.fuyou.adopt_forward()  # the callback sees the trained model only
+    made.train()
+    return made
+
+
+def test_dpo_equals_plain(tmp_path: Path) -> None:
+    """Two streamed models: one is trained, the other, opened from the first one's export, is the reference."""
+    config = tiny_model_config("llama")
+    config.attention_dropout = 0.0
+
+    def offload(name: str) -> fuyou.OffloadConfig:
+        return fuyou.OffloadConfig(
+            store=tmp_path / name, device="cpu", compute_dtype="float32", host_memory="64MiB", micro_batch_size=None
+        )
+
+    model: Any = fuyou.from_config(config, offload=offload("trained"), seed=1)
+    model.save_pretrained(tmp_path / "start")
+    reference: Any = fuyou.from_pretrained(str(tmp_path / "start"), offload=offload("reference"))
+    plain = [AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype=torch.float32) for _ in range(2)]
+    expected = dpo(*plain, tmp_path / "plain")
+    optimizer = fuyou.AdamW(model, lr=2e-3, weight_decay=0.0, max_grad_norm=0.5)
+    with model.fuyou, reference.fuyou:
+        made = dpo(model, reference, tmp_path / "out", optimizer)
+    for key in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies"):
+        assert history(made, key) == pytest.approx(history(expected, key), rel=2e-4, abs=1e-6), key
+    assert history(made, "loss")[-1] < history(made, "loss")[0]
