@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import textwrap
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.live import Live
 from rich.table import Table
 
 from fuyou.config import format_bytes
+from fuyou.live_view import RunView
 from fuyou.metrics import to_json_line
 
 NUM_STEPS_AVERAGED = 20
@@ -31,6 +34,8 @@ class RunStart:
     stop_step: int
     """The step after which this invocation stops."""
     max_steps: int
+    save_steps: int | None
+    """Steps from checkpoint to checkpoint; None: none is kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,35 +201,34 @@ class LineReporter(QuietReporter):
 
 
 class TerminalReporter(QuietReporter):
-    """A live line with a bar; notes and evaluations scroll above it."""
+    """A live view of the run; notes and evaluations scroll above it."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
+        self._live: Live | None = None
+        self._view: RunView | None = None
 
     def note(self, text: str) -> None:
         """See `Reporter`."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        lines = (line for part in text.splitlines() for line in _wrapped(part, self._console.width))
+        self._console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
     def start(self, start: RunStart) -> None:
         """See `Reporter`."""
         self.note(f"{start.model}: {start.resumed}")
         self.note(start.plan)
-        self._progress = Progress(
-            TextColumn("step {task.completed:.0f}/{task.total:.0f}"),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[figures]}", markup=False),
-            console=self._console,
-        )
-        self._task = self._progress.add_task("", total=start.max_steps, completed=start.step, figures="")
-        self._progress.start()
+        self._view = RunView(step=start.step, max_steps=start.max_steps, save_steps=start.save_steps)
+        # Drawn after each step, not by a thread of its own, which would take time from the optimizer's cores.
+        self._live = Live(self._view, console=self._console, auto_refresh=False)
+        self._live.start(refresh=True)
 
     def step(self, report: StepReport) -> None:
         """See `Reporter`."""
-        assert self._progress is not None
-        assert self._task is not None
-        self._progress.update(self._task, completed=report.step, figures=step_text(report))
+        assert self._live is not None
+        assert self._view is not None
+        remaining = "" if report.remaining_seconds is None else duration_text(report.remaining_seconds)
+        self._view.add(report.step, dict(report.metrics), remaining)
+        self._live.refresh()
         if report.metrics.get("skipped"):
             self.note(f"step {report.step} changed nothing: {report.metrics['skipped']}")
 
@@ -244,9 +248,16 @@ class TerminalReporter(QuietReporter):
 
     def close(self) -> None:
         """See `Reporter`."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def _wrapped(line: str, width: int) -> list[str]:
+    """A line as several between words, those after the first below its text: right of a label, if it has one."""
+    label = re.match(r" +\S+( \S+)*  +", line)
+    indent = " " * (len(label[0]) if label else 0)
+    return textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def make_reporter(file: TextIO, *, quiet: bool = False, as_json: bool = False, logging_steps: int = 1) -> Reporter:

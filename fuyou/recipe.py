@@ -83,7 +83,7 @@ class DataSection(_Section):
     max_length: Annotated[int, pydantic.Field(ge=2)] = 1024
     """Rows are cut to this many tokens."""
     packing: bool = False
-    """Only `off`: one row a sequence."""
+    """Lay several whole texts into a row of max_length tokens; none sees another. Models that cannot are refused."""
     eval_file: Text | list[Text] | None = None
     """Rows to be evaluated, same columns as `file`."""
     eval_split: Text | None = None
@@ -105,12 +105,6 @@ class DataSection(_Section):
             raise ValueError("hub_config and eval_split belong to hub; use eval_file with file")
         if sum(option is not None for option in (self.eval_file, self.eval_split, self.eval_fraction)) > 1:
             raise ValueError("give one of eval_file, eval_split and eval_fraction")
-        if self.packing:
-            raise ValueError(
-                "packing: on is not supported by this version (sequences of one row must not see each "
-                "other); "
-                "leave it off"
-            )
         pair = self.prompt_field is not None or self.completion_field is not None
         if (self.messages_field is not None) + pair + (self.text_field is not None) > 1:
             raise ValueError("give one of messages_field, prompt_field with completion_field, and text_field")

@@ -21,6 +21,7 @@ from fuyou.config import format_bytes
 from fuyou.data import BatchOrder, DataSet, TokenRows, collate, load_data, num_label_tokens
 from fuyou.errors import ConfigError, DataError
 from fuyou.metrics import MetricsFile
+from fuyou.packing import Packs, check_texts_apart, collate_packs, pack_rows
 from fuyou.progress import Reporter, RunStart, RunStatistics, RunSummary, StepReport
 from fuyou.recipe import Recipe, dump_recipe
 from fuyou.tokenizing import HuggingFaceTokenizer, load_tokenizer
@@ -158,12 +159,27 @@ class _Run:
         self._reporter = reporter
         self._output = Path(recipe.output.dir).expanduser()
         self._statistics = RunStatistics()
-        self._order = BatchOrder(len(data.train), recipe.rows_per_step, recipe.shuffle_seed, recipe.data.shuffle)
+        self._packs = self._pack() if recipe.data.packing else None
+        num_rows = len(data.train) if self._packs is None else len(self._packs)
+        self._order = BatchOrder(num_rows, recipe.rows_per_step, recipe.shuffle_seed, recipe.data.shuffle)
         training = recipe.training
         self._max_steps = training.max_steps or self._order.steps_for_epochs(training.num_train_epochs or 1.0)
         self._eval_before: float | None = None
         self._eval_after: float | None = None
         self._evaluated_step: int | None = None
+
+    def _pack(self) -> Packs:
+        rows, length = self._data.train, self._recipe.data.max_length
+        packs = pack_rows(rows, length)
+        share = len(rows.tokens) / (len(packs) * length)
+        self._reporter.note(f"packing: {len(rows)} rows in {len(packs)} of {length} tokens, {share:.0%} full")
+        return packs
+
+    def _batch(self, step: int) -> dict[str, Any]:
+        indices = self._order.batch_for_step(step)
+        if self._packs is None:
+            return collate(self._data.train, indices, self._data.pad_id)
+        return collate_packs(self._data.train, self._packs, indices, self._data.pad_id)
 
     def go(self, num_steps: int | None) -> RunSummary:
         """Train, evaluate, export."""
@@ -192,6 +208,7 @@ class _Run:
                 step=target.first_step,
                 stop_step=target.stop_step,
                 max_steps=target.max_steps,
+                save_steps=self._recipe.training.save_steps,
             )
         )
         exported_to: Path | None = None
@@ -224,6 +241,7 @@ class _Run:
             "data": self._data.train.fingerprint(),
             "rows_per_step": self._recipe.rows_per_step,
             "shuffle": [self._recipe.data.shuffle, self._recipe.shuffle_seed],
+            "packing": self._recipe.data.packing,
         }
         extra = self._optimizer.extra
         self._eval_before = extra.get("eval_loss_before")
@@ -280,10 +298,11 @@ class _Run:
         scheduler = make_scheduler(self._recipe, self._optimizer, target.max_steps, target.first_step)
         if training.eval_on_start and target.first_step == 0 and target.stop_step and self._data.evaluation is not None:
             self._eval_before = self._evaluate(0)
+        if self._packs is not None and target.first_step < target.stop_step:
+            check_texts_apart(self._model, self._data.train, self._packs, self._data.pad_id)
         self._model.train()
         for step in range(target.first_step, target.stop_step):
-            batch = collate(self._data.train, self._order.batch_for_step(step), self._data.pad_id)
-            self._model(**batch).loss.backward()
+            self._model(**self._batch(step)).loss.backward()
             self._optimizer.commit_extra({**self._identity, "eval_loss_before": self._eval_before})
             self._optimizer.step()
             scheduler.step()

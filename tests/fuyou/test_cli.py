@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import fuyou
 from fuyou import cli, doctor
 from fuyou.cli import main
 from fuyou.errors import ConfigError, DataError, ModelError, PlanError
+from fuyou.live_view import RunView, sparkline
 from fuyou.metrics import MetricsFile, to_json_line
 from fuyou.progress import (
     JsonReporter,
@@ -277,7 +280,8 @@ METRICS = {
     "bytes_written": 10**9, "limiting_lane": "ssd_read", "skipped": None, "peak_gpu_bytes": 0,
     "peak_host_bytes": 2**20,
 }  # fmt: skip
-START = RunStart(model="m", resumed="new store", plan="the plan", step=0, stop_step=3, max_steps=3)
+LANE_SECONDS = {"gpu": 0.25, "ssd_read": 0.5, "ssd_write": 0.1, "h2d": 0.0}
+START = RunStart(model="m", resumed="new store", plan="the plan", step=0, stop_step=3, max_steps=3, save_steps=None)
 
 
 def play(reporter: Reporter) -> RunSummary:
@@ -338,14 +342,57 @@ def test_json_lines_and_nothing_else() -> None:
     assert events[-1]["finished"] is True
 
 
-def test_a_live_line_on_a_terminal() -> None:
+@pytest.mark.parametrize("width", [80, 200])
+def test_a_live_view_on_a_terminal(width: int) -> None:
     file = io.StringIO()
-    console = Console(file=file, force_terminal=True, width=140)
+    console = Console(file=file, force_terminal=True, width=width, color_system=None)
     play(TerminalReporter(console))
     text = file.getvalue()
-    assert "step 3/3" in text
     assert "step 3 changed nothing: norm is inf" in text
     assert "held-out loss" in text
+    assert text.count("step 3/3") == 4  # drawn after step 3, below two notes, and when the run is over
+
+
+def test_notes_are_wrapped_between_words_right_of_their_label() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=24, color_system=None)
+    with console.capture() as capture:
+        TerminalReporter(console).note("one thing after another\nand two\n  the label  of three short words")
+    assert capture.get() == ("one thing after another\nand two\n  the label  of three\n             short words\n")
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_what_the_live_view_says(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width, color_system=None)
+    view = RunView(step=0, max_steps=30, save_steps=10)
+    for step in range(1, 13):
+        line = {**METRICS, "loss": 3.0 - step / 8, "lane_seconds": LANE_SECONDS, "committed_step": step - 1}
+        view.add(step, line, "0:09")
+    with console.capture() as capture:
+        console.print(view)
+    lines = [line.rstrip() for line in capture.get().splitlines()]
+    assert all(len(line) <= width for line in lines)
+    assert re.fullmatch(r"step 12/30  .{20}  0.5 s a step  0:09 left", lines[0])
+    assert lines[1] == "loss 1.5000  █▇▇▆▅▅▄▄▃▂▂▁  norm 2"
+    assert lines[2].startswith("2,000 tokens/s  read 4.00 GB/s  written 2.00 GB/s  11.18 GiB written so far")
+    assert [line.split()[0] for line in lines[3:6]] == ["gpu", "ssd_read", "ssd_write"]
+    assert " 50%" in lines[3]
+    assert lines[4].endswith("100%  limits the step")
+    assert lines[6] == "step 11 is committed (Ctrl-C stops, rerun to go on); next checkpoint: step 20"
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([], ""),
+        ([1.0], ""),
+        ([2.0, 2.0], "▁▁"),
+        ([0, 7], "▁█"),
+        ([7, 0, math.nan, math.inf], "█▁"),
+        ([0, 0, 4, 8], "▁▃█"),
+    ],
+)
+def test_sparklines(values: list[float], expected: str) -> None:
+    assert sparkline(values, 3) == expected
 
 
 def test_the_reporter_fits_the_output() -> None:
