@@ -74,8 +74,12 @@ class OffloadConfig:
     """How frozen blocks are stored."""
     micro_batch_size: int | None = None
     """Rows computed at once. None: the whole batch as it is given. Fixed when a run is created."""
-    durability: Literal["step"] | None = None
-    """"step": every optimizer step is committed to the drive. None: planned."""
+    durability: Literal["step", "checkpoint"] | None = None
+    """"step": every optimizer step is committed to the drive. "checkpoint": the drive gets one step in
+    `commit_every_steps`, and every step on which a flush, a save, an evaluation, an export or the run's end falls; all that
+    is trained stays in host memory, and a crash costs the steps since. None: planned."""
+    commit_every_steps: int | None = None
+    """With durability="checkpoint", steps from commit to commit. None: 20."""
     resume: str | int = "auto"
     """"auto": continue a run found in the store, else begin one. "never": the store must be new. "must": it must hold a
     run. A number: it must stand at that committed step."""
@@ -99,15 +103,17 @@ class OffloadConfig:
         _choice("moment_dtype", self.moment_dtype, ("float32", "bfloat16", "int8"), {})
         later = "frozen weights are stored in bfloat16; leave the field out"
         _choice("frozen_dtype", self.frozen_dtype, ("bfloat16",), {"int8": later, "nf4": later})
-        later = 'every step is committed; leave the field out or write "step"'
-        _choice("durability", self.durability, (None, "step"), {"checkpoint": later})
+        _choice("durability", self.durability, (None, "step", "checkpoint"), {})
+        for field in ("commit_every_steps", "micro_batch_size"):
+            value = getattr(self, field)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{field}={value!r}: expected a whole number above zero")
+        if self.commit_every_steps is not None and self.durability == "step":
+            raise ConfigError(
+                f'commit_every_steps={self.commit_every_steps} conflicts with durability="step", which commits every step: '
+                'leave one of them out, or choose durability="checkpoint"'
+            )
         _choice("io", self.io, ("auto", "posix", "kvikio"), {})
-        if self.micro_batch_size is not None and (
-            isinstance(self.micro_batch_size, bool)
-            or not isinstance(self.micro_batch_size, int)
-            or self.micro_batch_size < 1
-        ):
-            raise ConfigError(f"micro_batch_size={self.micro_batch_size!r}: expected a whole number above zero")
         if isinstance(self.resume, bool) or not (
             self.resume in ("auto", "never", "must") or (isinstance(self.resume, int) and self.resume >= 0)
         ):

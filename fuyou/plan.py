@@ -26,9 +26,9 @@ class BlockPlan:
     state_bytes: int
     gradient_bytes: int
     weights_in_host: bool
-    """Keep the weights in host memory (every step still goes to the drive)."""
+    """Keep the weights in host memory (the drive still gets every step that is committed)."""
     states_in_host: bool
-    """Keep the optimizer states in host memory (every step still goes to the drive)."""
+    """Keep the optimizer states in host memory (the drive still gets every step that is committed)."""
     update_window: Literal["backward", "forward"]
     """When its update runs: as soon as its gradient is whole, or on the way to its next forward pass."""
     gradient: Literal["host", "spill", "free"]
@@ -96,7 +96,9 @@ class Plan:
     device: str
     compute_dtype: str
     micro_batch_size: int | None
-    durability: str
+    durability: Literal["step", "checkpoint"]
+    """"checkpoint": only one step in `commit_every_steps` goes to the drive, and what is flushed; everything trained is in
+    host memory."""
     prefetch_depth: int
     num_update_workers: int
     num_io_threads: int
@@ -112,6 +114,8 @@ class Plan:
     """Limit of torch's allocator on the GPU; None: none, or no GPU."""
     max_clipped_share: float = 0.25
     """Early updates are made while at most this share of the last steps was clipped, which makes them anew."""
+    commit_every_steps: int = 1
+    """Steps from commit to commit."""
     overhead_bytes: int = 0
     """Part of host_memory_bytes left to Python, torch's temporaries and the allocator."""
     prediction: Prediction | None = None
@@ -142,8 +146,30 @@ class Plan:
                 raise ConfigError(
                     f'plan: the gradient of {b.name} is needed in the forward window: choose "host" or "spill", not "free"'
                 )
+        self._check_durability()
         if not 0.0 <= self.max_clipped_share <= 1.0:
             raise ConfigError(f"plan: max_clipped_share={self.max_clipped_share!r} must be between 0 and 1")
+
+    def _check_durability(self) -> None:
+        if self.durability not in ("step", "checkpoint") or self.commit_every_steps < 1:
+            raise ConfigError(
+                f"plan: durability={self.durability!r}, commit_every_steps={self.commit_every_steps!r}: choose "
+                '"step" or "checkpoint", and a whole number above zero'
+            )
+        if self.durability == "step":
+            if self.commit_every_steps != 1:
+                raise ConfigError(
+                    f'plan: commit_every_steps={self.commit_every_steps}: durability="step" commits every step, set it to 1'
+                )
+            return
+        for b in self.blocks:
+            in_memory = b.weights_in_host and b.states_in_host and b.gradient == "host"
+            if b.trainable and not (in_memory and b.update_window == "forward"):
+                raise ConfigError(
+                    f'plan: durability="checkpoint" needs weights_in_host, states_in_host, gradient="host" and '
+                    f'update_window="forward" of {b.name}, as of every trained block: the drive has no state of the last '
+                    'step to go back to. Set them, or durability="step"'
+                )
 
     @property
     def pool_bytes(self) -> int:
@@ -172,7 +198,8 @@ class Plan:
             f"{sum(b.states_in_host for b in self.blocks)} of {len(self.blocks)} blocks",
             f"  updates        of {num_early} blocks in the backward pass, of {num_trainable - num_early} on the way to their next "
             f"forward pass; {self.num_update_workers} workers",
-            f"  durability     {self.durability}",
+            f"  durability     {self.durability}"
+            + (f", a commit every {self.commit_every_steps} steps" if self.durability == "checkpoint" else ""),
         ]
         if self.prediction is not None:
             p = self.prediction

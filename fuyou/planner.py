@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fuyou.config import format_bytes
 from fuyou.costs import num_update_workers
@@ -18,6 +18,8 @@ MEBIBYTE = 2**20
 LEAST_RECORD_BUFFERS, COMFORTABLE_RECORD_BUFFERS = 2, 6
 """One record is read while another is updated or written; with six, no lane waits for a late neighbour (measured:
 0.91 of the drive's limit with four, 0.99 with six)."""
+COMMIT_EVERY_STEPS = 20
+"""With durability="checkpoint", where the user names no number: the drive gets a twentieth of the bytes."""
 LEAST_GAIN = 0.02
 """A change of windows that shortens the step by less is not made: it would cost memory for nothing sure."""
 MIN_ACTIVATION_BYTES = 8 * MEBIBYTE
@@ -110,6 +112,8 @@ def make_plan(
     micro_batch_size: int | None,
     clipping: bool,
     num_cores: int,
+    durability: Literal["step", "checkpoint"] = "step",
+    commit_every_steps: int | None = None,
     hardware: HardwareProfile | None = None,
     boundary_bytes: int | None = None,
     num_tokens: int | None = None,
@@ -117,7 +121,8 @@ def make_plan(
     """Decide; PlanError says how much memory is short and what the least is.
 
     Without `hardware` there is no prediction of time. `boundary_bytes` is what one step saves between blocks (None: not
-    known before the first batch), `num_tokens` the tokens of one step.
+    known before the first batch), `num_tokens` the tokens of one step. With durability="checkpoint" everything that is
+    trained must fit into host memory.
     """
     reasons = {"host_memory": host_memory_reason}
     least = least_memory(shards)
@@ -154,6 +159,15 @@ def make_plan(
         return taken
 
     trainable = [s for s in shards if s.trainable]
+    writes_back = durability == "checkpoint"
+    kept = _kept_bytes(trainable) if writes_back else (0, 0, 0)
+    free -= sum(kept)
+    if free < 0:
+        raise PlanError(
+            f'durability="checkpoint" keeps weights, states and gradients of all that is trained in host memory, and '
+            f"host_memory = {format_bytes(host_memory_bytes)} is {format_bytes(-free)} short of that. Set host_memory to "
+            f'{format_bytes(host_memory_bytes - free * 6 // 5)} or more, or durability="step"'
+        )
     largest = sorted((pooled_bytes(s.weight_bytes) for s in shards), reverse=True)
     widest = sorted((pooled_bytes(s.gradient_bytes) for s in trainable), reverse=True)
     record = max((s.record_bytes for s in trainable), default=0)
@@ -168,6 +182,7 @@ def make_plan(
     record_pool += take(ring - record_pool)
     activations = least.activations
     activations += take((boundary_bytes or host_memory_bytes // 16) - activations)
+    weight_pool, gradient_pool, record_pool = weight_pool + kept[0], gradient_pool + kept[1], record_pool + kept[2]
     # Then what saves most traffic per byte of memory; a smaller thing behind a larger one that does not fit gets its
     # chance. In this order more memory never means more traffic.
     blocks = [
@@ -179,10 +194,10 @@ def make_plan(
             weight_bytes=s.weight_bytes,
             state_bytes=s.state_bytes if s.trainable else 0,
             gradient_bytes=s.gradient_bytes if s.trainable else 0,
-            weights_in_host=False,
-            states_in_host=False,
-            update_window="backward",
-            gradient="spill" if clipping and s.trainable else "free",
+            weights_in_host=writes_back and s.trainable,
+            states_in_host=writes_back and s.trainable,
+            update_window="forward" if writes_back and s.trainable else "backward",
+            gradient="free" if not s.trainable else "host" if writes_back else "spill" if clipping else "free",
             num_borrowers=sum(s.name in other.borrowed for other in shards),
         )
         for s in shards
@@ -208,7 +223,7 @@ def make_plan(
             surplus = max(0, min(surplus, record_pool - least.records))
             record_pool -= surplus
             free += surplus
-    late = _late_blocks(blocks, free, hardware, num_tokens)
+    late = [] if writes_back else _late_blocks(blocks, free, hardware, num_tokens)
     for number in late:
         change: dict[str, Any] = {"update_window": "forward"}
         if blocks[number].gradient == "free":
@@ -217,7 +232,9 @@ def make_plan(
         blocks[number] = dataclasses.replace(blocks[number], **change)
     activations += take(free)
     reasons["update_window"] = (
-        f"updates of {len(trainable) - len(late)} of {len(trainable)} blocks begin in the backward pass, as soon as their "
+        "all updates are made on the way to the next forward pass: in memory there is no old slot to undo an early one from"
+        if writes_back
+        else f"updates of {len(trainable) - len(late)} of {len(trainable)} blocks begin in the backward pass, as soon as their "
         f"gradient is whole; {len(late)} on the way to their next forward pass, "
         + ("where the drive has time" if late else "which would make no step shorter by what is known now")
     )
@@ -234,15 +251,22 @@ def make_plan(
         )
     reasons["weights_in_host"] = (
         f"weights of {sum(b.weights_in_host for b in blocks)} and states of {sum(b.states_in_host for b in blocks)} of "
-        f"{len(blocks)} blocks, by traffic saved per byte of memory; every step is still written through"
+        f"{len(blocks)} blocks, by traffic saved per byte of memory; every step that is committed is written through"
     )
-    reasons["durability"] = "every optimizer step is committed; a crash costs at most the two steps in flight"
+    every = (commit_every_steps or COMMIT_EVERY_STEPS) if writes_back else 1
+    reasons["durability"] = (
+        f"all that is trained fits into host memory, so that the drive gets one step in {every}, and whatever is flushed; a "
+        f"crash, or a Ctrl-C in the middle of a step, costs at most {every + 1} steps"
+        if writes_back
+        else "every optimizer step is committed; a crash costs at most the two steps in flight"
+    )
     reasons["activations"] = "each layer is computed again in the backward pass; its input alone is kept"
     return Plan(
         device=device,
         compute_dtype=compute_dtype,
         micro_batch_size=micro_batch_size,
-        durability="step",
+        durability=durability,
+        commit_every_steps=every,
         moment_dtype=moment_dtype,
         gpu_memory_bytes=gpu_memory_bytes,
         prefetch_depth=prefetch_depth,
@@ -256,7 +280,7 @@ def make_plan(
         overhead_bytes=overhead,
         blocks=tuple(blocks),
         reasons=reasons,
-        prediction=None if hardware is None else predict(blocks, hardware, num_tokens),
+        prediction=None if hardware is None else predict(blocks, hardware, num_tokens, commit_every_steps=every),
     )
 
 
@@ -268,6 +292,15 @@ class _Choice:
     change: dict[str, Any]
     memory_bytes: int
     bytes_saved: int
+
+
+def _kept_bytes(trainable: Sequence[ShardSize]) -> tuple[int, int, int]:
+    """What all trained weights, gradients and states take from their pools when they stay in host memory."""
+    return (
+        sum(pooled_bytes(s.weight_bytes) for s in trainable),
+        sum(pooled_bytes(s.gradient_bytes) for s in trainable),
+        sum(pooled_bytes(s.state_bytes) for s in trainable),
+    )
 
 
 def _late_blocks(
@@ -312,21 +345,25 @@ def _choices(blocks: Sequence[BlockPlan]) -> Iterator[_Choice]:
         if block.gradient == "spill":
             yield _Choice(number, {"gradient": "host"}, pooled_bytes(block.gradient_bytes), block.gradient_bytes)
     for number, block in enumerate(blocks):
-        saved = block.num_weight_reads() * block.weight_bytes
-        yield _Choice(number, {"weights_in_host": True}, pooled_bytes(block.weight_bytes), saved)
+        if not block.weights_in_host:
+            saved = block.num_weight_reads() * block.weight_bytes
+            yield _Choice(number, {"weights_in_host": True}, pooled_bytes(block.weight_bytes), saved)
     for number, block in enumerate(blocks):
-        if block.trainable:
+        if block.trainable and not block.states_in_host:
             yield _Choice(number, {"states_in_host": True}, pooled_bytes(block.state_bytes), block.state_bytes)
 
 
-def traffic(blocks: Sequence[BlockPlan]) -> tuple[int, int]:
-    """Bytes that a steady step reads from and writes to the drive, spilled activations left out; no step is clipped."""
+def traffic(blocks: Sequence[BlockPlan], commit_every_steps: int = 1) -> tuple[int, int]:
+    """Bytes that a steady step reads from and writes to the drive, spilled activations left out; no step is clipped.
+
+    Where not every step is written, its share of one that is.
+    """
     read = written = 0
     for block in blocks:
         read += block.num_weight_reads() * block.weight_bytes
         if block.trainable:
             read += 0 if block.states_in_host else block.state_bytes
-            written += block.weight_bytes + block.state_bytes
+            written += (block.weight_bytes + block.state_bytes) // commit_every_steps
             if block.gradient == "spill":
                 written += block.gradient_bytes
                 read += block.gradient_bytes if block.update_window == "forward" else 0
@@ -334,8 +371,18 @@ def traffic(blocks: Sequence[BlockPlan]) -> tuple[int, int]:
 
 
 def predict(
-    blocks: Sequence[BlockPlan], hardware: HardwareProfile, num_tokens: int | None, prefetch_depth: int = 2
+    blocks: Sequence[BlockPlan],
+    hardware: HardwareProfile,
+    num_tokens: int | None,
+    prefetch_depth: int = 2,
+    commit_every_steps: int = 1,
 ) -> Prediction:
     """A steady step's traffic and time, simulated; no step is clipped."""
-    step = simulate_step(blocks, hardware, num_tokens=num_tokens or 0, prefetch_depth=prefetch_depth)
-    return Prediction(step.seconds, step.lane_seconds, step.limiting_lane, *traffic(blocks))
+    step = simulate_step(
+        blocks,
+        hardware,
+        num_tokens=num_tokens or 0,
+        prefetch_depth=prefetch_depth,
+        commit_every_steps=commit_every_steps,
+    )
+    return Prediction(step.seconds, step.lane_seconds, step.limiting_lane, *traffic(blocks, commit_every_steps))

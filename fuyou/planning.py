@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from fuyou.config import OffloadConfig, parse_bytes
 from fuyou.errors import ConfigError, PlanError
 from fuyou.hardware import available_host_bytes, num_cores
 from fuyou.plan import Plan
-from fuyou.planner import ShardSize, least_memory, make_plan, pooled_bytes
+from fuyou.planner import LEAST_GAIN, ShardSize, least_memory, make_plan, pooled_bytes
 from optim import DEFAULT_CHUNK_ELEMENTS, ShardLayout
 
 GPU_MEMORY_SHARE = 0.95
@@ -104,6 +105,8 @@ def check_plan(plan: Plan, sizes: Sequence[ShardSize], config: OffloadConfig, *,
         ("compute_dtype", plan.compute_dtype, config.compute_dtype),
         ("moment_dtype", plan.moment_dtype, config.moment_dtype),
         ("device", torch.device(plan.device).type, torch.device(device).type),
+        ("durability", plan.durability, config.durability or plan.durability),
+        ("commit_every_steps", plan.commit_every_steps, config.commit_every_steps or plan.commit_every_steps),
     ):
         if planned != actual:
             raise ConfigError(f"plan: {field}={planned!r}, this run has {actual!r}: make a plan for this run")
@@ -155,7 +158,8 @@ def plan_for(
         available = available_host_bytes()
         host_bytes = int(available * HOST_MEMORY_SHARE)
         reason = f"{HOST_MEMORY_SHARE:.0%} of what is available now"
-    return make_plan(
+    make = functools.partial(
+        make_plan,
         shard_sizes(blocks, layouts, trainable),
         device=device,
         compute_dtype=config.compute_dtype,
@@ -170,6 +174,22 @@ def plan_for(
         boundary_bytes=boundary_bytes,
         num_tokens=num_tokens,
     )
+    if config.durability is not None:
+        return make(durability=config.durability, commit_every_steps=config.commit_every_steps)
+    return _with_planned_durability(make, config.commit_every_steps)
+
+
+def _with_planned_durability(make: Callable[..., Plan], commit_every_steps: int | None) -> Plan:
+    """The plan that spares the drive where it costs no time; "step" where nothing was measured that tells."""
+    each_step = make(durability="step")
+    if each_step.prediction is None or not any(block.trainable for block in each_step.blocks):
+        return each_step
+    try:
+        plan = make(durability="checkpoint", commit_every_steps=commit_every_steps)
+    except PlanError:  # what is trained does not fit into host memory
+        return each_step
+    assert plan.prediction is not None
+    return plan if plan.prediction.seconds <= each_step.prediction.seconds * (1 + LEAST_GAIN) else each_step
 
 
 def _gpu_memory_bytes(config: OffloadConfig, device: str) -> int | None:

@@ -133,7 +133,9 @@ class OffloadSection(_Section):
     micro_batch_size: int | None = None
     """Rows computed at once. Left out: training.per_device_train_batch_size."""
     durability: Text | None = None
-    """"step". Left out: planned."""
+    """"step" or "checkpoint". Left out: planned."""
+    commit_every_steps: Positive | None = None
+    """With "checkpoint", steps from commit to commit. Left out: 20."""
     resume: Text | int = "auto"
     """"auto", "never", "must" or the number of a step."""
     io: Text = "auto"

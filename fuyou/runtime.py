@@ -177,7 +177,13 @@ class Runtime:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if kind is None:
             self.close()
-        else:
+            return
+        try:
+            if self.plan.durability == "checkpoint" and self._cut_short() is None:
+                # What went wrong was not the step: those taken are whole, and the drive may lack many of them.
+                with contextlib.suppress(Exception):
+                    self.flush()
+        finally:
             self.abandon()
 
     def step_metrics(self) -> dict[str, Any]:
@@ -261,6 +267,7 @@ class Runtime:
                 drop_resident_weights=self._weights.forget_resident,
                 max_grad_norm=max_grad_norm,
                 seed=self._seed,
+                commit_every_steps=plan.commit_every_steps if plan.durability == "checkpoint" else None,
                 **hyperparameters,
             )
         except BaseException:
@@ -701,7 +708,9 @@ class Runtime:
         """What the plan expects of a step with as many tokens as this one."""
         if self._hardware is None or self.plan.prediction is None:
             return None
-        return predict(self.plan.blocks, self._hardware, self._step_tokens).seconds
+        return predict(
+            self.plan.blocks, self._hardware, self._step_tokens, commit_every_steps=self.plan.commit_every_steps
+        ).seconds
 
     def _save_traces(self) -> None:
         """Leave the last steps' lanes beside the store, for `fuyou trace`; never a reason to fail."""
@@ -709,7 +718,14 @@ class Runtime:
             return
         tokens = self._metrics.get("num_tokens", 0)
         predicted = (
-            None if self._hardware is None else simulate_step(self.plan.blocks, self._hardware, num_tokens=tokens)
+            None
+            if self._hardware is None
+            else simulate_step(
+                self.plan.blocks,
+                self._hardware,
+                num_tokens=tokens,
+                commit_every_steps=self.plan.commit_every_steps,
+            )
         )
         with contextlib.suppress(OSError):
             save_traces(self.config.store_directories[0], self.trace.steps, predicted)

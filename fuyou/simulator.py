@@ -106,10 +106,18 @@ def play(tasks: Sequence[Task], speeds: Speeds) -> list[SimulatedSpan]:
 
 
 def simulate_step(
-    blocks: Sequence[BlockPlan], hardware: HardwareProfile, *, num_tokens: int, prefetch_depth: int = 2
+    blocks: Sequence[BlockPlan],
+    hardware: HardwareProfile,
+    *,
+    num_tokens: int,
+    prefetch_depth: int = 2,
+    commit_every_steps: int = 1,
 ) -> SimulatedStep:
-    """Simulate training with a plan's blocks until it is steady, and return that step; no step is clipped."""
-    builder = _StepBuilder(blocks, hardware, num_tokens, prefetch_depth)
+    """Simulate training with a plan's blocks until it is steady, and return that step; no step is clipped.
+
+    Where not every step is written, each has its share of the writes of one that is.
+    """
+    builder = _StepBuilder(blocks, hardware, num_tokens, prefetch_depth, commit_every_steps)
     ends = [builder.add_step() for _ in range(3)]
     spans = play(builder.tasks, lane_speeds(hardware))
     begin, end = spans[ends[1]].ended_seconds, spans[ends[2]].ended_seconds
@@ -153,12 +161,18 @@ class _StepBuilder:
     """Lists the tasks of step after step, each waiting for what it needs from those before."""
 
     def __init__(
-        self, blocks: Sequence[BlockPlan], hardware: HardwareProfile, num_tokens: int, prefetch_depth: int
+        self,
+        blocks: Sequence[BlockPlan],
+        hardware: HardwareProfile,
+        num_tokens: int,
+        prefetch_depth: int,
+        commit_every_steps: int,
     ) -> None:
         self.tasks: list[Task] = []
         self._blocks, self._hardware = blocks, hardware
         self._tokens = num_tokens
         self._depth = prefetch_depth
+        self._commit_every_steps = commit_every_steps
         self._computes: list[int] = []
         self._last_read: int | None = None
         self._written_records: list[int] = []
@@ -238,7 +252,8 @@ class _StepBuilder:
         pieces = min(MOST_PIECES, -(-block.num_parameters // RECORD_PARAMETERS))
         read_seconds = read_bytes / pieces / hardware.read_bytes_per_second
         adam_seconds = block.num_parameters / pieces / hardware.adam_parameters_per_second
-        write_seconds = (block.weight_bytes + block.state_bytes) / pieces / hardware.write_bytes_per_second
+        written_bytes = (block.weight_bytes + block.state_bytes) / self._commit_every_steps
+        write_seconds = written_bytes / pieces / hardware.write_bytes_per_second
         adam = written = 0
         for _ in range(pieces):
             # Records are read in their order and when it is the block's turn, a few ahead of the arithmetic.

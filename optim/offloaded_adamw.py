@@ -11,6 +11,10 @@ The update of one shard may run in one of two windows; both give the same bits:
 
 In both the other slot is written, and the step becomes the committed one when its last shard is written.
 
+With `commit_every_steps` the drive gets only some steps (write-back): every shard's weights and states stay in
+host memory, where all updates happen, and late ones only, since there is no old slot to go back to. The update
+of every so many steps is written as above; `flush` writes what memory alone has, in the same way, without one.
+
 Threads: the caller's (one at a time); the intake's (optim.gradients), which also submits early updates; the
 pipeline's (optim.updater), which also commits; the engine's, which end writes.
 """
@@ -37,7 +41,15 @@ from optim.kernels import AdamWScalars, stochastic_key
 from optim.layout import ParameterSlot, ShardLayout
 from optim.norm import clip_coefficient, global_norm
 from optim.states import ParameterState, ParameterUpdate, StateFiles, checked_value
-from optim.steps import Commit, EarlyUpdate, NonFiniteUpdateError, PendingUpdate, StepCounts, StepResult
+from optim.steps import (
+    Commit,
+    EarlyUpdate,
+    NonFiniteUpdateError,
+    PendingUpdate,
+    StepCounts,
+    StepResult,
+    check_write_back,
+)
 from optim.updater import Barrier, Recorder, ResidentState, ShardUpdater, UpdateInputs, UpdateJob, check_room
 
 CLIPPING_HISTORY: Final = 16
@@ -54,7 +66,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
     clipping. `resident_states` are buffers of `state_bytes` for shards whose states stay in host memory; the
     caller releases them after `close`. `seed` chooses the random bits that round moments of less than float32.
     Parameter groups may differ in lr, betas, eps and weight_decay. `max_grad_norm` clips the global norm as
-    `torch.nn.utils.clip_grad_norm_` does.
+    `torch.nn.utils.clip_grad_norm_` does. `commit_every_steps`: how many steps pass from commit to commit; None: each
+    is committed. With a number every shard needs a resident state, none may be early, and the caller must keep all their
+    weights in memory.
 
     `load_shard(name)` brings a shard's weights into memory as a forward pass would, which begins its pending
     update; `drop_resident_weights()` forgets weights kept in host memory, which are then read again.
@@ -88,6 +102,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         decoupled_weight_decay: bool = True,
         max_grad_norm: float | None = None,
         seed: int = 0,
+        commit_every_steps: int | None = None,
     ) -> None:
         self._resident = {name: ResidentState(buffer) for name, buffer in (resident_states or {}).items()}
         self._names = dict(names)
@@ -95,6 +110,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._early, self._waiting = early, dict(waiting)
         self._max_clipped_share = max_clipped_share
         check_waiting(self._shards, early, waiting)
+        self._commit_every_steps = commit_every_steps
+        if commit_every_steps is not None:
+            check_write_back(commit_every_steps, self._shards, early, self._resident)
         check_max_grad_norm(max_grad_norm, all_kept="free" not in self._waiting.values())
         super().__init__(
             params,
@@ -125,6 +143,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
         # Accepted updates that have not begun, and their commit.
         self._pending: dict[str, PendingUpdate] = {}
         self._pending_commit: Commit | None = None
+        # What memory alone has: shards updated since they were last written, and the state of the last step.
+        self._unwritten: set[str] = set()
+        self._unwritten_state: dict[str, Any] | None = None
         # Since the last step: shards whose gradient was handed over with their weights, and what has begun of them.
         self._given: set[str] = set()
         self._guesses: dict[str, EarlyUpdate] = {}
@@ -214,11 +235,13 @@ class OffloadedAdamW(torch.optim.Optimizer):
             if skipped is None:
                 self._clipped.append(scale < 1.0)
                 self._accept(updates, scale, redone)
-                bytes_spilled += sum(p.held.layout.gradient_bytes for p in self._pending.values() if p.held.extent)
+                bytes_spilled += sum(
+                    p.held.layout.gradient_bytes for p in self._pending.values() if p.held and p.held.extent
+                )
             else:
                 self._counts.num_skipped += 1
                 self._void()
-                self._submit_commit(Commit(self.step_count, self._state_to_commit(), frozenset(), {}))
+                self._end_step({}, {})
             self.last_step = StepResult(
                 self.step_count, grad_norm, scale < 1.0, skipped, window, len(redone), bytes_spilled
             )
@@ -354,6 +377,10 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._finish_arrivals()
         self.raise_if_broken()
         self._start_pending()
+        if self._unwritten_state is not None:
+            with self._whole_or_broken("flush()"):
+                self._queue_commit(self._unwritten_state, {}, {}, written=True)
+            self._start_pending()
         for barrier in self._barriers:
             barrier.wait()
         self._barriers.clear()
@@ -372,7 +399,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
             held.take_back()
         while self._pending:
             # A submission that was interrupted may have counted a user that never came to work.
-            self._pending.popitem()[1].held.take_back()
+            held_gradient = self._pending.popitem()[1].held
+            if held_gradient is not None:
+                held_gradient.take_back()
 
     # --- what the executor calls ---------------------------------------------------------------------------
 
@@ -383,7 +412,15 @@ class OffloadedAdamW(torch.optim.Optimizer):
             raise error.with_traceback(None)
 
     def slot_of(self, shard: str) -> int:
-        """Slot that holds, or will hold, the shard's latest weights; `wait_written` first."""
+        """Slot that holds, or will hold, the shard's latest weights; `wait_written` first.
+
+        RuntimeError if host memory alone has them: whoever asks has lost them.
+        """
+        if shard in self._unwritten:
+            raise RuntimeError(
+                f"the latest weights of {shard} were in host memory alone and are not there any more; the store stands at "
+                f"step {self._store.step}: open the model again to go on from there"
+            )
         return self._slots.get(shard, 0)
 
     def is_written(self, shard: str) -> bool:
@@ -427,11 +464,25 @@ class OffloadedAdamW(torch.optim.Optimizer):
         assert commit is not None
         with self._whole_or_broken(f"the update of {shard}"):
             pending = self._pending[shard]
-            job = self._submit(pending.held, weights, pending.updates, pending.gradient_scale, wait_before, on_done)
-            pending.held.release()
+            job = self._submit(
+                self._shards[shard],
+                pending.held,
+                weights,
+                pending.updates,
+                pending.gradient_scale,
+                wait_before,
+                on_done,
+                written=commit.written,
+            )
+            if pending.held is not None:
+                pending.held.release()
             del self._pending[shard]
             commit.jobs[shard] = job
-            self._slots[shard] = 1 - self._slots[shard]
+            if commit.written:
+                self._slots[shard] = 1 - self._slots[shard]
+                self._unwritten.discard(shard)
+            else:
+                self._unwritten.add(shard)
             if not self._pending:
                 self._pending_commit = None
                 self._submit_commit(commit)
@@ -535,38 +586,43 @@ class OffloadedAdamW(torch.optim.Optimizer):
         if not updates:
             on_done()
             return
-        job = self._submit(held, weights, updates, 1.0, (), on_done)
+        job = self._submit(held.layout, held, weights, updates, 1.0, (), on_done, written=True)
         self._guesses[held.layout.name] = EarlyUpdate(job, updates)
 
     def _submit(
         self,
-        held: HeldGradient,
+        layout: ShardLayout,
+        held: HeldGradient | None,
         weights: npt.NDArray[np.uint8],
         updates: Mapping[str, ParameterUpdate],
         gradient_scale: float,
         wait_before: Sequence[Transfer],
         on_done: Callable[[], None],
+        *,
+        written: bool,
     ) -> UpdateJob:
         """Queue an update, which keeps the gradient's memory to its end."""
-        layout = held.layout
         slot = self._slots[layout.name]
-        gradient, give_up = held.array, held.use()
+        gradient: npt.NDArray[np.float32] | None = np.empty(0, np.float32)
+        done = on_done
+        if held is not None:
+            gradient, give_up = held.array, held.use()
 
-        def done() -> None:
-            give_up()
-            on_done()
+            def done() -> None:
+                give_up()
+                on_done()
 
         job = UpdateJob(
             layout,
             UpdateInputs(
                 weights=weights,
                 gradient=gradient,
-                gradient_extent=held.extent if gradient is None else None,
+                gradient_extent=held.extent if held is not None and gradient is None else None,
                 updates=updates,
                 gradient_scale=gradient_scale,
                 state_from=self._store.extent(layout.state_name, slot),
-                state_to=self._store.extent(layout.state_name, 1 - slot),
-                weight_to=self._store.extent(layout.weight_name, 1 - slot),
+                state_to=self._store.extent(layout.state_name, 1 - slot) if written else None,
+                weight_to=self._store.extent(layout.weight_name, 1 - slot) if written else None,
                 resident_state=self._resident.get(layout.name),
                 wait_before=wait_before,
                 on_done=done,
@@ -611,11 +667,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         }
         for name in held.keys() - pending.keys():  # taken up already, or without a parameter in any group
             held[name].release()
-        commit = Commit(self.step_count, self._state_to_commit(), frozenset(right) | frozenset(pending), right)
-        if pending:
-            self._pending, self._pending_commit = pending, commit
-        else:
-            self._submit_commit(commit)
+        self._end_step(pending, right)
 
     def _wait_for_guesses(self) -> None:
         """Block until updates that no step has accepted are through, well or not."""
@@ -660,6 +712,25 @@ class OffloadedAdamW(torch.optim.Optimizer):
         extra, self._next_extra = self._next_extra, {}
         return self._counts.to_json() | {"extra": extra}
 
+    def _end_step(self, pending: dict[str, PendingUpdate], jobs: dict[str, UpdateJob]) -> None:
+        """The step taken is made of these updates, those that have begun among `jobs`: queue its commit behind them."""
+        every = self._commit_every_steps
+        written = every is None or self.step_count % every == 0
+        self._queue_commit(self._state_to_commit(), pending, jobs, written=written)
+
+    def _queue_commit(
+        self, state: dict[str, Any], pending: dict[str, PendingUpdate], jobs: dict[str, UpdateJob], *, written: bool
+    ) -> None:
+        if written:
+            # A step is committed as a whole: also what earlier steps left in memory and this one does not update.
+            pending |= {name: PendingUpdate(None, {}, 1.0) for name in self._unwritten - pending.keys()}
+        self._unwritten_state = None if written else state
+        commit = Commit(self.step_count, state, frozenset(jobs) | frozenset(pending), jobs, written)
+        if pending:
+            self._pending, self._pending_commit = pending, commit
+        else:
+            self._submit_commit(commit)
+
     def _submit_commit(self, commit: Commit) -> None:
         # The slots as they are now: a later step may flip them again before the barrier runs.
         slots = {name: self._slots[name] for name in commit.shards}
@@ -668,18 +739,21 @@ class OffloadedAdamW(torch.optim.Optimizer):
         self._barriers.append(barrier)
 
     def _commit(self, commit: Commit, slots: Mapping[str, int]) -> None:
-        """On the pipeline's thread, when every write of the step has ended."""
+        """On the pipeline's thread, when every update and write of the step has ended."""
         assert commit.jobs.keys() == commit.shards
-        checksums: dict[str, str] = {}
-        extents: dict[str, int] = {}
         started = time.perf_counter()
-        for name, job in commit.jobs.items():
+        for job in commit.jobs.values():
             if job.refused_parameter is not None:
                 raise NonFiniteUpdateError(
                     f"step {commit.step} would make {job.refused_parameter} NaN, infinite or too large for "
                     f"{job.layout.compute_dtype}; the store stays at step {self._store.step}. Lower the "
                     "learning rate and resume"
                 )
+        if not commit.written:
+            return
+        checksums: dict[str, str] = {}
+        extents: dict[str, int] = {}
+        for name, job in commit.jobs.items():
             checksums.update(job.checksums())
             extents[job.layout.weight_name] = extents[job.layout.state_name] = slots[name]
         self._store.commit(

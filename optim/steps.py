@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, Literal
 
 from optim.gradients import HeldGradient
@@ -44,6 +44,21 @@ class StepCounts:
         }
 
 
+def check_write_back(
+    commit_every_steps: int, shards: Iterable[str], early: frozenset[str], resident_states: Container[str]
+) -> None:
+    """ValueError for a run of which the drive gets only some steps and that could lose others on the way."""
+    if commit_every_steps < 1:
+        raise ValueError(f"commit_every_steps={commit_every_steps}: expected a whole number above zero")
+    streamed = [name for name in shards if name not in resident_states]
+    if streamed or early:
+        raise ValueError(
+            f"commit_every_steps={commit_every_steps} needs all states in host memory and all updates late, since the drive "
+            f"has no state of the last step to go back to: {len(streamed)} shards have no resident state (first "
+            f"{streamed[:1]}), {len(early)} are early (first {sorted(early)[:1]})"
+        )
+
+
 class NonFiniteUpdateError(ArithmeticError):
     """An update gave NaN, infinity or a weight too large for bfloat16; the committed step is untouched."""
 
@@ -72,7 +87,8 @@ class StepResult:
 class PendingUpdate:
     """An accepted update that begins when the shard's weights come in."""
 
-    held: HeldGradient
+    held: HeldGradient | None
+    """None: nothing is to be updated; the shard is written as it stands in host memory."""
     updates: dict[str, ParameterUpdate]
     gradient_scale: float
 
@@ -93,3 +109,5 @@ class Commit:
     state: dict[str, Any]
     shards: frozenset[str]
     jobs: dict[str, UpdateJob]
+    written: bool
+    """Whether it goes to the drive; else it is checked only, and host memory alone has it."""

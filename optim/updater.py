@@ -2,9 +2,10 @@
 
 One thread walks the submitted jobs in order, chunk by chunk. A record is read from the shard's current slot,
 updated in place, and written to the other slot; the weights are updated in place in the caller's buffer and
-written from there. Nothing is ever written over the data it was computed from, so that a job can be given up
-at any moment. Calls submitted between jobs (commits) are barriers: they run when every write before them has
-ended, and nothing behind them is written before they return.
+written from there. On the drive nothing is ever written over the data it was computed from, so that a job can
+be given up at any moment; what stays in host memory alone (write-back) cannot. Calls submitted between jobs
+(commits) are barriers: they run when every job before them has ended, writes included, and nothing behind them
+begins before they return.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ _Result = TypeVar("_Result")
 
 @dataclasses.dataclass
 class ResidentState:
-    """A shard's states kept in host memory; the drive still gets every step (write-through)."""
+    """A shard's states kept in host memory; the drive gets every step (write-through) or some of them (write-back)."""
 
     buffer: Buffer
     filled: bool = False
@@ -66,8 +67,9 @@ class UpdateInputs:
     """By parameter; those without an entry keep their weights and states."""
     gradient_scale: float
     state_from: Extent
-    state_to: Extent
-    weight_to: Extent
+    state_to: Extent | None
+    """None: weights and states stay in host memory, and nothing is written; needs `resident_state`."""
+    weight_to: Extent | None
     resident_state: ResidentState | None = None
     wait_before: Sequence[Transfer] = ()
     """What must have arrived before `weights` can be updated."""
@@ -106,7 +108,7 @@ class UpdateJob:
         self._raise()
 
     def checksums(self) -> dict[str, str]:
-        """Checksum by extent name of what was written; valid once done."""
+        """Checksum by extent name of what was written; valid once done, if anything was."""
         return {
             self.layout.weight_name: combine_checksums(self._weight_digests),
             self.layout.state_name: combine_checksums(self._state_digests),
@@ -432,6 +434,8 @@ class ShardUpdater:
 
     def _start_writes(self, chunk: _Chunk, shared: _SharedBuffer) -> None:
         job, layout, inputs = chunk.job, chunk.job.layout, chunk.job.inputs
+        if inputs.state_to is None or inputs.weight_to is None:
+            return
         offset, num_bytes = layout.weight_range(chunk.index)
         weights = inputs.weights[offset : offset + num_bytes]
         state_offset, state_bytes = layout.state_range(chunk.index)

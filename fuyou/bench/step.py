@@ -173,7 +173,7 @@ def describe(result: dict[str, Any]) -> str:
 def _simulated(plan: Any, hardware: Any, num_tokens: int) -> float:
     from fuyou.planner import predict
 
-    return predict(plan.blocks, hardware, num_tokens, plan.prefetch_depth).seconds
+    return predict(plan.blocks, hardware, num_tokens, plan.prefetch_depth, plan.commit_every_steps).seconds
 
 
 class _NoWrites:

@@ -197,6 +197,8 @@ class WeightStream:
         # `acquire` has waited for the last step's weights; those of a step in the making go to the other slot.
         if optimizer is not None and not block and not optimizer.is_written(name):
             return None
+        # Without an optimizer, or where nothing is trained, the committed slot is the latest.
+        slot = optimizer.slot_of(name) if optimizer is not None and optimizer.trains(name) else None
         try:
             buffer = self._acquire_buffer(layout, block)
         except BudgetError:
@@ -205,8 +207,6 @@ class WeightStream:
             return None
         shard = LoadedShard(layout, buffer)
         shard.prefetched = not block
-        # Without an optimizer, or where nothing is trained, the committed slot is the latest.
-        slot = optimizer.slot_of(name) if optimizer is not None and optimizer.trains(name) else None
         extent = self._store.extent(layout.weight_name, slot)
         shard.transfer = self._engine.read(extent, shard.array)
         self._loaded[name] = shard

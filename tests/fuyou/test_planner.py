@@ -342,7 +342,9 @@ def test_predicted_traffic_is_what_is_measured(
     host_memory = f"{least_mib + extra_mib}MiB"
     made = fuyou.plan_model(
         config,
-        offload=fuyou.OffloadConfig(store=tmp_path, device="cpu", host_memory=host_memory, compute_dtype="float32"),
+        offload=fuyou.OffloadConfig(
+            store=tmp_path, device="cpu", host_memory=host_memory, compute_dtype="float32", durability="step"
+        ),
         batch_size=2,
         sequence_length=8,
         max_grad_norm=max_grad_norm,
