@@ -96,6 +96,8 @@ class Runtime:
         self._device_name = device
         self._seed = seed
         self._micro_batch_size = micro_batch_size
+        # Now, since peft may put a module of another kind in its place.
+        self._vocabulary_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
         self._added: dict[str, nn.Parameter] = {}
         """Parameters that were put into the model after it was made, as far as they have been seen."""
         self._adapter_bytes = 0
@@ -701,7 +703,7 @@ class Runtime:
             raise DataError(f"labels of shape {tuple(labels.shape)} do not match input_ids of shape {tuple(ids.shape)}")
         if self._device_name != "cpu":  # looking at values would wait for the device
             return
-        vocabulary = self._model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        vocabulary = self._vocabulary_size
         for name, tensor, low in (("input_ids", ids, 0), ("labels", labels, -100)):
             if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
                 least, most = int(tensor.min()), int(tensor.max())
