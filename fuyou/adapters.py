@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -63,7 +64,11 @@ def _plain(value: Any) -> Any:
 
 
 def prepare(
-    model: nn.Module, blocks: ModelBlocks, added: Mapping[str, nn.Parameter], base: Mapping[str, nn.Parameter], bound: BoundBlock
+    model: nn.Module,
+    blocks: ModelBlocks,
+    added: Mapping[str, nn.Parameter],
+    base: Mapping[str, nn.Parameter],
+    bound: BoundBlock,
 ) -> None:
     """Check parameters that were added to a streamed model and give those their values that begin as base weights.
 
@@ -158,14 +163,15 @@ class _Places:
         self._modules = dict(model.named_modules())
         self._layers = f"{blocks.path}."
         owners = {name: block.name for block in blocks.blocks for name in block.parameters}
-        self._owner_of = {id(parameter): owners[name] for name, parameter in base.items()}
+        self._owner_of: dict[int, str] = {id(parameter): owners[name] for name, parameter in base.items()}
         self._head: Any = model.get_output_embeddings()  # type: ignore[operator]
 
     def of(self, module: nn.Module) -> str:
         """The block; ModelError if the module is around no part of one."""
         name = self._names[module]
         if name.startswith(self._layers):
-            return self._layers + name.removeprefix(self._layers).split(".")[0]
+            index = name.removeprefix(self._layers).split(".")[0]
+            return f"{self._layers}{index}"
         # Outside of the layers: as the nearest module around it that has weights of the base in it.
         while name:
             around = self._modules[name]
@@ -259,7 +265,8 @@ class ResidentAdapters:
 
     def _lay_out(self, configs: Mapping[str, Any]) -> None:
         """Make the extents of a new run and commit its first values; ConfigError if the run has other adapters."""
-        described = {"configs": dict(configs), "shards": [layout.to_json() for layout in self.layouts.values()]}
+        shards = json.loads(json.dumps([layout.to_json() for layout in self.layouts.values()]))
+        described = {"configs": dict(configs), "shards": shards}
         stored: Any = self._store.state.get("adapters")
         if stored is not None:
             check_same(stored, described)

@@ -97,7 +97,7 @@ class Runtime:
         self._seed = seed
         self._micro_batch_size = micro_batch_size
         # Now, since peft may put a module of another kind in its place.
-        self._vocabulary_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator, union-attr]
+        self._vocabulary_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         self._added: dict[str, nn.Parameter] = {}
         """Parameters that were put into the model after it was made, as far as they have been seen."""
         self._adapter_bytes = 0
@@ -262,6 +262,8 @@ class Runtime:
         if not trained and not adapters:
             raise ConfigError("no parameter requires a gradient: there is nothing to train")
         self._lay_out_states(trained)
+        # Also of those that were frozen when the model was made.
+        self._executor.watch_gradients(self._parameters)
         if adapters:
             self._adapters = ResidentAdapters(
                 adapter_shards, self._added, configs_json(self._model), store=self.store, engine=self._engine

@@ -243,13 +243,19 @@ class StepExecutor:
             module.__dict__.pop(CONSTRUCTED_VALUES, None)
         self._guard_other_modules()
         self._guard_model()
-        for name, parameter in self._parameters.items():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, name))
+        self._watched: set[str] = set()
+        self.watch_gradients(self._parameters)
 
     def bound_block(self, name: str) -> contextlib.AbstractContextManager[None]:
         """A context in which the parameters of a block, and those that it borrows, hold their weights."""
         return self._bound_block(name)
+
+    def watch_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Take the gradients of those that require one now; what is watched already stays so."""
+        for name, parameter in parameters.items():
+            if parameter.requires_grad and name not in self._watched:
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, name))
+                self._watched.add(name)
 
     def train_adapters(
         self, adapters: Mapping[str, Sequence[ShardLayout]], parameters: Mapping[str, nn.Parameter]
@@ -260,8 +266,7 @@ class StepExecutor:
             self._layouts[layout.name] = layout
             for slot in layout.parameters:
                 self._slots[slot.name] = (layout.name, slot)
-                parameter = parameters[slot.name]
-                parameter.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, slot.name))
+        self.watch_gradients(parameters)
 
     def use(
         self, weights: WeightStream, activations: ActivationStore, activation_plans: Mapping[str, Activations]
