@@ -56,6 +56,21 @@ class StreamedParameter(nn.Parameter):
         if value is not None:
             raise ModelError("p.grad of a streamed model cannot be set: its gradients never wait in p.grad")
 
+    def to(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As in torch; ModelError for weights on the drive that are to be converted, which is to be computed with.
+
+        What initialises adapters by the base's weights (PiSSA, OLoRA, CorDA, LoftQ, MiCA) begins so.
+        """
+        converts = any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values()))
+        if converts and is_placeholder(self):
+            raise ModelError(
+                "weights of a streamed model were about to be computed with while they are on the drive. If this is an "
+                "adapter's initialisation (PiSSA, OLoRA, CorDA, LoftQ, MiCA): those compute adapters from the base's weights, or "
+                "change these. Use init_lora_weights=True, 'gaussian' or 'orthogonal'; or make the adapter and the changed base "
+                "once in memory with peft, save both, and open the changed base here"
+            )
+        return super().to(*args, **kwargs)
+
     def take_gradient(self) -> torch.Tensor | None:
         """The gradient that autograd has left here, which is forgotten here."""
         descriptor: Any = torch.Tensor.grad
@@ -74,6 +89,11 @@ def placeholder(shape: tuple[int, ...] | torch.Size, dtype: torch.dtype, device:
     It is NaN, so that a use of weights which are not there cannot pass for a result.
     """
     return torch.full((1,), float("nan") if dtype.is_floating_point else 0, dtype=dtype, device=device).expand(shape)
+
+
+def is_placeholder(tensor: torch.Tensor) -> bool:
+    """Whether this is one, or has one element and could be."""
+    return tensor.untyped_storage().nbytes() <= tensor.element_size()
 
 
 def replace_by_placeholders(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

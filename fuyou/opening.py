@@ -185,9 +185,11 @@ def adamw(
         else [{"params": [p for p in model.parameters() if p.requires_grad]}]
     )
     try:
-        return runtime.make_optimizer(
+        optimizer = runtime.make_optimizer(
             groups, max_grad_norm=max_grad_norm, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay
         )
+        runtime.guard_wrapper(model)
+        return optimizer
     except ValueError as error:
         if isinstance(error, ConfigError):
             raise

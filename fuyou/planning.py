@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fuyou.blocks import Block, ModelBlocks
-from fuyou.config import OffloadConfig, parse_bytes
+from fuyou.config import OffloadConfig, format_bytes, parse_bytes
 from fuyou.errors import ConfigError, PlanError
 from fuyou.hardware import available_host_bytes, num_cores
 from fuyou.plan import Plan
@@ -146,8 +146,12 @@ def plan_for(
     hardware: Any = None,
     boundary_bytes: int | None = None,
     num_tokens: int | None = None,
+    adapter_bytes: int = 0,
 ) -> Plan:
-    """The plan of a model on this machine; the config's own plan, if it has one. Raises as `make_plan`."""
+    """The plan of a model on this machine; the config's own plan, if it has one. Raises as `make_plan`.
+
+    `adapter_bytes` of the host memory are taken already.
+    """
     if config.plan is not None:
         plan = config.plan if isinstance(config.plan, Plan) else Plan.from_json(config.plan)
         check_plan(plan, shard_sizes(blocks, layouts, trainable), config, device=device, clipping=clipping)
@@ -158,6 +162,9 @@ def plan_for(
         available = available_host_bytes()
         host_bytes = int(available * HOST_MEMORY_SHARE)
         reason = f"{HOST_MEMORY_SHARE:.0%} of what is available now"
+    if adapter_bytes:
+        host_bytes = max(0, host_bytes - adapter_bytes)
+        reason += f", less {format_bytes(adapter_bytes)} for adapters"
     make = functools.partial(
         make_plan,
         shard_sizes(blocks, layouts, trainable),

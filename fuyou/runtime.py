@@ -14,7 +14,17 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from fuyou.adapters import (
+    ResidentAdapters,
+    adapter_layouts,
+    configs_json,
+    gradient_pool_bytes,
+    pool_bytes,
+    prepare,
+    record_pool_bytes,
+)
 from fuyou.blocks import PROLOGUE, Block, ModelBlocks
+from fuyou.building import is_placeholder
 from fuyou.config import OffloadConfig, format_bytes
 from fuyou.errors import ConfigError, DataError, ModelError, PlanError
 from fuyou.executor.activations import ActivationStore
@@ -80,10 +90,17 @@ class Runtime:
           micro_batch_size rows is split and joined again along dimension 0; a scalar (loss, aux_loss) is the mean of its
           parts', by label tokens, or by rows without labels. Do not write into hidden_states."""
         self._model = model
+        self._parameters = dict(model.named_parameters())
+        """The streamed ones, under the names that they have without adapters around them."""
         self._engine = TracingEngine(engine, trace)
         self._device_name = device
         self._seed = seed
         self._micro_batch_size = micro_batch_size
+        # Now, since peft may put a module of another kind in its place.
+        self._vocabulary_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        self._added: dict[str, nn.Parameter] = {}
+        """Parameters that were put into the model after it was made, as far as they have been seen."""
+        self._adapter_bytes = 0
         self._hardware = cached_hardware(config.store_directories, device, config.compute_dtype)
         self.plan = self._make_plan(clipping=False)
         self._device: Device = make_device(device, trace)
@@ -102,6 +119,7 @@ class Runtime:
         self._pools: list[BufferPool] = []
         self._weights: WeightStream
         self._resident_states: dict[str, Buffer] = {}
+        self._adapters: ResidentAdapters | None = None
         self._interrupted: str | None = None
         self._gradients_since = -1
         self._executor = StepExecutor(
@@ -166,6 +184,8 @@ class Runtime:
                 stack.callback(pool.close, force=True)
             stack.callback(self._meter.close)
             stack.callback(self._drop_resident_states)
+            if self._adapters is not None:
+                stack.callback(self._adapters.close)
             stack.callback(self._weights.close)
             if self.optimizer is not None:
                 stack.callback(self.optimizer.close)
@@ -231,20 +251,32 @@ class Runtime:
         self._check_usable()
         if self.optimizer is not None:
             raise ConfigError("this model has an optimizer already: use it, or open the model again")
-        known = dict(self._model.named_parameters())
-        foreign = [name for name in known if name not in self._executor.parameter_names]
-        if foreign:
+        self._see_added_parameters()
+        known = {**self._parameters, **self._added}
+        adapters = adapter_layouts(self._model, self.blocks, self._added, self._parameters)
+        adapter_shards = [layout for layouts in adapters.values() for layout in layouts]
+        if self.store.state.get("adapters") is not None and not adapter_shards:
             raise ConfigError(
-                f"{len(foreign)} parameters were added to the model (first {foreign[0]}): adapters are not supported by this "
-                "version; train the model's own weights"
+                "the run in this store trains adapters, and this model has none that require a gradient: call "
+                "peft.get_peft_model with the run's config before fuyou.AdamW, or begin a new run in another directory"
             )
+        self._adapter_bytes = (
+            pool_bytes(adapter_shards) + gradient_pool_bytes(adapter_shards) + record_pool_bytes(adapter_shards)
+        )
         plan = self._make_plan(clipping=max_grad_norm is not None)
         trained = [b.name for b in plan.blocks if b.trainable]
-        if not trained:
+        if not trained and not adapters:
             raise ConfigError("no parameter requires a gradient: there is nothing to train")
         self._lay_out_states(trained)
+        # Also of those that were frozen when the model was made.
+        self._executor.watch_gradients(self._parameters)
+        if adapters:
+            self._adapters = ResidentAdapters(
+                adapter_shards, self._added, configs_json(self._model), store=self.store, engine=self._engine
+            )
+            self._executor.train_adapters(adapters, self._added)
         self.plan = plan
-        self._build_pools()
+        self._build_pools(adapter_shards)
         self._resident_states = {
             b.name: self._records.acquire(self.layouts[b.name].state_bytes) for b in plan.blocks if b.states_in_host
         }
@@ -252,15 +284,16 @@ class Runtime:
             optimizer = StreamedAdamW(
                 groups,
                 names={p: name for name, p in known.items() if p.requires_grad},
-                shards=[self.layouts[name] for name in trained],
+                shards=[*(self.layouts[name] for name in trained), *adapter_shards],
                 store=self.store,
                 engine=self._engine,
                 records=self._records,
                 gradients=self._gradients,
                 early=frozenset(b.name for b in plan.blocks if b.trainable and b.update_window == "backward"),
-                waiting={b.name: b.gradient for b in plan.blocks if b.trainable},
+                waiting={b.name: b.gradient for b in plan.blocks if b.trainable}
+                | {layout.name: "host" for layout in adapter_shards},
                 max_clipped_share=plan.max_clipped_share,
-                resident_states=self._resident_states,
+                resident_states=self._resident_states | (self._adapters.states if self._adapters is not None else {}),
                 num_workers=plan.num_update_workers,
                 record=self.trace.record,
                 load_shard=self._load_shard,
@@ -272,7 +305,11 @@ class Runtime:
             )
         except BaseException:
             self._drop_resident_states()
+            if self._adapters is not None:
+                self._adapters.close()
             raise
+        if self._adapters is not None:
+            optimizer.after_edit = functools.partial(self._adapters.reload, optimizer=optimizer)
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
         self.optimizer = optimizer
@@ -287,6 +324,10 @@ class Runtime:
         while self._resident_states:
             self._resident_states.popitem()[1].release()
 
+    def guard_wrapper(self, wrapper: nn.Module) -> None:
+        """What peft has put around the model must not look for gradients in `p.grad` either."""
+        object.__setattr__(wrapper, "zero_grad", self._model.zero_grad)
+
     def _lay_out_states(self, trained: list[str]) -> None:
         present = set(self.store.names())
         missing = [self.layouts[name] for name in trained if self.layouts[name].state_name not in present]
@@ -299,7 +340,7 @@ class Runtime:
         self.store.allocate(specs, second_slots_for=[layout.weight_name for layout in missing])
 
     def _make_plan(self, *, clipping: bool) -> Plan:
-        trainable = {name for name, p in self._model.named_parameters() if p.requires_grad}
+        trainable = {name for name, p in self._parameters.items() if p.requires_grad}
         return plan_for(
             self.blocks,
             self.layouts,
@@ -309,9 +350,26 @@ class Runtime:
             clipping=clipping,
             micro_batch_size=self._micro_batch_size,
             hardware=self._hardware,
+            adapter_bytes=self._adapter_bytes,
         )
 
-    def _build_pools(self) -> None:
+    def _see_added_parameters(self) -> None:
+        """Take notice of what peft has put into the model; ModelError for what cannot be computed with, or comes too late."""
+        base = self._parameters
+        seen = {id(p) for p in (*base.values(), *self._added.values())}
+        added = {name: p for name, p in self._model.named_parameters() if id(p) not in seen}
+        if not added:
+            return
+        if self.optimizer is not None:
+            raise ModelError(
+                f"{len(added)} parameters (first {next(iter(added))}) were added to the model after fuyou.AdamW was made: they "
+                "would not be trained. Add adapters first"
+            )
+        with self._weights_of_last_step():
+            prepare(self._model, self.blocks, added, base, self._executor.bound_block)
+        self._added |= added
+
+    def _build_pools(self, adapters: Sequence[ShardLayout] = ()) -> None:
         if self._pools:
             self._weights.close()
         for old in self._pools:
@@ -334,8 +392,8 @@ class Runtime:
         self._pools = []
         plan = self.plan
         weights = pool("weights", plan.weight_pool_bytes)
-        self._gradients = pool("gradients", plan.gradient_pool_bytes)
-        self._records = pool("records", plan.record_pool_bytes)
+        self._gradients = pool("gradients", plan.gradient_pool_bytes + gradient_pool_bytes(adapters))
+        self._records = pool("records", max(plan.record_pool_bytes, record_pool_bytes(adapters)))
         activations = pool("activations", plan.activation_pool_bytes)
         self._weights = WeightStream(
             engine=self._engine,
@@ -353,6 +411,10 @@ class Runtime:
 
     def _load_shard(self, name: str) -> None:
         """Bring a shard in as a forward pass would; an update that is pending for it begins."""
+        if self._adapters is not None and name in self._adapters.layouts:
+            assert self.optimizer is not None
+            self._adapters.start_update(name, self.optimizer)
+            return
         self._weights.release(self._weights.acquire(name))
 
     # --- the model's calls -------------------------------------------------------------------------------------------
@@ -382,7 +444,13 @@ class Runtime:
         def save_pretrained(save_directory: str, *_args: Any, **_kwargs: Any) -> None:
             self.export(save_directory)
 
-        def state_dict(*_args: Any, **_kwargs: Any) -> Any:
+        def state_dict(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("destination") is not None:
+                # Asked by a model that peft has put around this one, and that wants its adapters.
+                collected = type(model).state_dict(model, *args, **kwargs)
+                for name in [name for name, value in collected.items() if value.numel() > 1 and is_placeholder(value)]:
+                    del collected[name]
+                return collected
             return NamesOnly([name for name, _ in model.named_parameters(remove_duplicate=False)])
 
         def load_state_dict(state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False) -> Any:
@@ -403,6 +471,7 @@ class Runtime:
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         self._check_usable()
+        self._see_added_parameters()
         arguments: dict[str, Any] = {}
         adopted = self._executor.adopted_forward is not None
         bound = self._signature.bind(self._model, *args, **({} if adopted else kwargs))
@@ -643,7 +712,7 @@ class Runtime:
             raise DataError(f"labels of shape {tuple(labels.shape)} do not match input_ids of shape {tuple(ids.shape)}")
         if self._device_name != "cpu":  # looking at values would wait for the device
             return
-        vocabulary = self._model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        vocabulary = self._vocabulary_size
         for name, tensor, low in (("input_ids", ids, 0), ("labels", labels, -100)):
             if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
                 least, most = int(tensor.min()), int(tensor.max())
@@ -673,6 +742,9 @@ class Runtime:
             )
 
     def _after_step(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
+        if self._adapters is not None:
+            with self._uninterrupted("optimizer.step()"):
+                self._adapters.finish_updates(optimizer)
         result = optimizer.last_step
         if result is None or result.step == self._metrics.get("step"):
             return

@@ -16,6 +16,8 @@ class StreamedAdamW(OffloadedAdamW):
 
     cut_short: str | None = None
     """Name of the call that did not come to its end."""
+    after_edit: Callable[[str], None] | None = None
+    """Called with the name of a parameter whose state was edited."""
     num_steps_called = 0
     """Calls of step and zero_grad that have ended, after each of which no gradient waits."""
 
@@ -33,6 +35,12 @@ class StreamedAdamW(OffloadedAdamW):
         """See `OffloadedAdamW.zero_grad`."""
         with self._uninterrupted("optimizer.zero_grad()"):
             super().zero_grad(set_to_none)
+
+    def set_state(self, name: str, **values: torch.Tensor | None) -> None:
+        """See `OffloadedAdamW.set_state`."""
+        super().set_state(name, **values)
+        if self.after_edit is not None:
+            self.after_edit(name)
 
     @contextlib.contextmanager
     def _uninterrupted(self, what: str) -> Iterator[None]:

@@ -88,7 +88,9 @@ class ReferenceTrainer:
         # named_parameters gives a tied weight once, under its first name.
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for name, parameter in self._parameters.items():
-            if parameter.dtype != self.compute_dtype:
+            # peft's adapters are float32 beside a bfloat16 base: then master and weight are the same numbers.
+            is_adapter = hasattr(model, "peft_config") and parameter.dtype == torch.float32
+            if parameter.dtype != self.compute_dtype and not is_adapter:
                 raise ValueError(f"{name} is {parameter.dtype}: convert the model to {compute_dtype} first")
         self._masters = {name: _padded(p.detach()) for name, p in self._parameters.items()}
 
@@ -134,7 +136,7 @@ class ReferenceTrainer:
         for name in gradients:
             parameter = self._parameters[name]
             master = self._unpadded(name, self._masters[name])
-            parameter.data.copy_(round_half_up_to_bfloat16(master) if self.compute_dtype == torch.bfloat16 else master)
+            parameter.data.copy_(round_half_up_to_bfloat16(master) if parameter.dtype == torch.bfloat16 else master)
         self.step_count += 1
         return loss, norm
 

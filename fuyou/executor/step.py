@@ -228,6 +228,8 @@ class StepExecutor:
         self.anchor = torch.ones((), device=device.torch_device, requires_grad=True)
         self._parameters = dict(model.named_parameters())
         self._slots = {slot.name: (name, slot) for name, layout in self._layouts.items() for slot in layout.parameters}
+        self._adapters: dict[str, tuple[ShardLayout, ...]] = {}
+        """By block, shards of trained parameters in its modules that are not streamed."""
         self._bound: dict[str, tuple[LoadedShard, int]] = {}
         self._open: dict[str, _OpenGradient] = {}
         self._current: _MicroBatch | None = None
@@ -241,14 +243,30 @@ class StepExecutor:
             module.__dict__.pop(CONSTRUCTED_VALUES, None)
         self._guard_other_modules()
         self._guard_model()
-        for name, parameter in self._parameters.items():
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, name))
+        self._watched: set[str] = set()
+        self.watch_gradients(self._parameters)
 
-    @property
-    def parameter_names(self) -> frozenset[str]:
-        """Names of the model's parameters when the executor was made."""
-        return frozenset(self._parameters)
+    def bound_block(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """A context in which the parameters of a block, and those that it borrows, hold their weights."""
+        return self._bound_block(name)
+
+    def watch_gradients(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        """Take the gradients of those that require one now; what is watched already stays so."""
+        for name, parameter in parameters.items():
+            if parameter.requires_grad and name not in self._watched:
+                parameter.register_post_accumulate_grad_hook(functools.partial(self._on_gradient, name))
+                self._watched.add(name)
+
+    def train_adapters(
+        self, adapters: Mapping[str, Sequence[ShardLayout]], parameters: Mapping[str, nn.Parameter]
+    ) -> None:
+        """Hand over the gradients of these shards too: by block, of parameters that are always in memory."""
+        self._adapters = {block: tuple(layouts) for block, layouts in adapters.items()}
+        for layout in (layout for layouts in adapters.values() for layout in layouts):
+            self._layouts[layout.name] = layout
+            for slot in layout.parameters:
+                self._slots[slot.name] = (layout.name, slot)
+        self.watch_gradients(parameters)
 
     def use(
         self, weights: WeightStream, activations: ActivationStore, activation_plans: Mapping[str, Activations]
@@ -362,7 +380,7 @@ class StepExecutor:
             self._scale(record, scale)
         layers = [i for i in reversed(range(len(self._layers))) if self._has_backward(i, record)]
         layer_names = [block.name for i in layers if (block := self._layer_blocks[i]) is not None]
-        prologue = ["prologue"] if self.optimizer.trains("prologue") else []
+        prologue = ["prologue"] if self.optimizer.trains("prologue") or "prologue" in self._adapters else []
         # Early updates take the weights that backward has read; the epilogue's were let go.
         epilogue = ["epilogue"] if self.optimizer.updates_early("epilogue") else []
         if gradients is not None:
@@ -471,7 +489,7 @@ class StepExecutor:
         """Whether a layer is trained, or a gradient passes through it to a trained one below."""
         assert self.optimizer is not None
         block = self._layer_blocks[index]
-        trained = block is not None and self.optimizer.trains(block.name)
+        trained = block is not None and (self.optimizer.trains(block.name) or block.name in self._adapters)
         return trained or any(index in micro_batch.calls for micro_batch in record.micro_batches)
 
     def _layer_backward(self, index: int, record: ForwardRecord) -> None:
@@ -648,7 +666,9 @@ class StepExecutor:
                 kept[position] = None
                 if origin == "between" and self._record is not None:
                     self._record.needs_prologue = True
-        trainable = block is not None and any(self._parameters[name].requires_grad for name in block.parameters)
+        trainable = block is not None and (
+            block.name in self._adapters or any(self._parameters[name].requires_grad for name in block.parameters)
+        )
         recorder = self._recorder(micro_batch, index, call) if inputs or trainable else None
         collector = _active_collector()
         before = {key: len(entries) for key, entries in collector.items()} if collector else {}
@@ -869,7 +889,7 @@ class StepExecutor:
         """Make room to sum the gradients of a block's trainable parameters, borrowed ones included."""
         assert self.optimizer is not None
         block = self._blocks[block_name]
-        for shard in (block_name, *block.borrows):
+        for shard in (block_name, *block.borrows, *(layout.name for layout in self._adapters.get(block_name, ()))):
             if shard not in self._layouts or shard in self._open or not self.optimizer.trains(shard):
                 continue
             gradient = self.optimizer.acquire_gradient(shard)
@@ -883,7 +903,7 @@ class StepExecutor:
         assert isinstance(parameter, StreamedParameter)
         gradient = parameter.take_gradient()
         assert gradient is not None
-        if open_ is None or shard not in self._bound:
+        if open_ is None or (shard not in self._bound and name in self._parameters):
             raise ModelError(
                 f"{name} got a gradient while its weights were on the drive: this model uses it outside of the block that "
                 "owns it, which cannot be streamed"
@@ -898,6 +918,8 @@ class StepExecutor:
     def _complete(self, name: str) -> None:
         """All micro-batches are through: the shard's gradient and its weights go to the optimizer."""
         assert self.optimizer is not None
+        for layout in self._adapters.get(name, ()):
+            self._complete(layout.name)
         if name not in self._open:
             return
         early = self.optimizer.updates_early(name)
@@ -988,11 +1010,19 @@ class StepExecutor:
 
             return refused
 
+        def apply(function: Callable[[torch.Tensor], torch.Tensor], *_args: Any, **_kwargs: Any) -> nn.Module:
+            like = next(iter(self._parameters.values()))
+            probe = torch.zeros(1, dtype=like.dtype, device=like.device)
+            # What wraps the model may be "moved" to where it is.
+            if function(probe) is not probe:
+                raise ModelError(
+                    "the dtype and device of a streamed model cannot be changed: choose device and compute_dtype in OffloadConfig"
+                )
+            return self._model
+
         replacements = {
             "zero_grad": zero_grad,
-            "_apply": refuse(
-                "the dtype and device of a streamed model cannot be changed: choose device and compute_dtype in OffloadConfig"
-            ),
+            "_apply": apply,
             "gradient_checkpointing_enable": refuse(
                 "gradient checkpointing: a streamed model computes its layers again in the backward pass already; leave it off"
             ),
