@@ -224,6 +224,29 @@ def _assign(model: nn.Module, path: str, layers: list[nn.Module]) -> tuple[Block
     )
 
 
+def _refuse_quantized(config: Any) -> None:
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelError(
+            "a quantized checkpoint (its config has a quantization_config): all weights are trained in full precision here; "
+            "take the original, or dequantize it in transformers and call save_pretrained once"
+        )
+
+
+@contextlib.contextmanager
+def shape_model(config: Any, dtype: torch.dtype, **kwargs: Any) -> Iterator[nn.Module]:
+    """Only the shapes of a config's model: parameters and buffers on the meta device, in well under a second.
+
+    Errors as `meta_model`, which makes every parameter in host memory once, to tell what constructors set.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _refuse_quantized(config)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+    model.tie_weights()
+    yield model
+
+
 @contextlib.contextmanager
 def meta_model(config: Any, dtype: torch.dtype, **kwargs: Any) -> Iterator[nn.Module]:
     """The model of a config with parameters on the meta device and real buffers (rotary tables and the like).
@@ -233,11 +256,7 @@ def meta_model(config: Any, dtype: torch.dtype, **kwargs: Any) -> Iterator[nn.Mo
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    if getattr(config, "quantization_config", None) is not None:
-        raise ModelError(
-            "a quantized checkpoint (its config has a quantization_config): all weights are trained in full precision here; "
-            "take the original, or dequantize it in transformers and call save_pretrained once"
-        )
+    _refuse_quantized(config)
     with (
         torch.random.fork_rng(devices=[]),
         _nan_in_new_memory(),

@@ -1,4 +1,4 @@
-"""The command line: `fuyou doctor | plan | train | inspect | verify | checkpoint | export | trace | bench`.
+"""The command line: `fuyou doctor | plan | simulate | train | inspect | verify | checkpoint | export | trace | bench`.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 does not fit, 130 interrupted (SIGTERM counts as
 Ctrl-C). An error is one message on stderr; FUYOU_TRACEBACK=1 shows where it came from.
@@ -84,14 +84,14 @@ def _plan(options: argparse.Namespace) -> int:
     from fuyou.hardware import cached_hardware, measure_hardware
     from fuyou.planning import choose_device
     from fuyou.recipe import load_recipe
-    from fuyou.recipe_text import read_json
+    from fuyou.shipped import load_hardware
     from fuyou.training import model_config
 
     recipe = load_recipe(options.recipe, options.set)
     offload = recipe.offload_config()
     config = model_config(recipe)
     if options.hardware is not None:
-        hardware = fuyou.HardwareProfile.from_json(read_json(options.hardware, "--hardware"))
+        hardware = load_hardware(options.hardware)
     else:
         drives, device = offload.store_directories, choose_device(offload)
         known = cached_hardware(drives, device, offload.compute_dtype)
@@ -108,6 +108,29 @@ def _plan(options: argparse.Namespace) -> int:
         _print_json(plan.to_json())
     else:
         print(plan.describe())
+    return EXIT_DONE
+
+
+def _simulate(options: argparse.Namespace) -> int:
+    import dataclasses
+
+    from fuyou.config import parse_bytes
+    from fuyou.opening import shards_of
+    from fuyou.schemes import simulate_scheme
+    from fuyou.shipped import load_hardware, load_model_config
+
+    hardware = load_hardware(options.hardware)
+    if options.drives is not None:
+        hardware = hardware.with_drives(options.drives)
+    if options.host_memory is not None:
+        num_bytes = parse_bytes(options.host_memory, "--host-memory")
+        hardware = dataclasses.replace(hardware, host_memory_bytes=num_bytes)
+    shards = shards_of(load_model_config(options.model))
+    run = simulate_scheme(options.scheme, shards, hardware, batch_size=options.batch, sequence_length=options.sequence)
+    if options.json:
+        _print_json(run.to_json())
+    else:
+        print(run.describe())
     return EXIT_DONE
 
 
@@ -260,6 +283,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
+    from fuyou.schemes import FORMULA, SCHEMES
+    from fuyou.shipped import hardware_names, model_names
+
+    machines = ", ".join(hardware_names())
     parser = _Parser(
         prog="fuyou",
         description="Fine-tune language models that fit neither in the GPU's memory nor in the host's.",
@@ -278,7 +305,30 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = add("plan", _plan, "the plan of a recipe: memory, predicted seconds per lane, drive traffic")
     _add_recipe(plan)
-    plan.add_argument("--hardware", metavar="FILE", help="plan for the machine of this JSON profile")
+    plan.add_argument(
+        "--hardware",
+        metavar="FILE_OR_NAME",
+        help="plan for the machine of this JSON profile, or a shipped one: " + machines,
+    )
+
+    simulate = add("simulate", _simulate, "a step of any shape on any machine, under published schedules or ours")
+    simulate.description = f"A step of any shape on any machine, each lane at its full rate. {FORMULA}."
+    simulate.add_argument(
+        "--model", required=True, metavar="FILE_OR_NAME", help="config.json, its folder, or " + ", ".join(model_names())
+    )
+    simulate.add_argument("--hardware", required=True, metavar="FILE_OR_NAME", help="JSON profile, or " + machines)
+    simulate.add_argument(
+        "--scheme",
+        required=True,
+        choices=tuple(SCHEMES),
+        help="; ".join(f"{name}: {text}" for name, text in SCHEMES.items()),
+    )
+    simulate.add_argument("--batch", required=True, type=_positive, metavar="N", help="rows of a step")
+    simulate.add_argument("--sequence", required=True, type=_positive, metavar="N", help="tokens of a row")
+    simulate.add_argument(
+        "--drives", type=_positive, metavar="N", help="of the profile's kind (as many as the profile has; shipped: 1)"
+    )
+    simulate.add_argument("--host-memory", metavar="SIZE", help="the machine's (the profile's)")
 
     train = add("train", _train, "train a recipe, or continue it")
     _add_recipe(train)

@@ -41,6 +41,24 @@ class HardwareProfile:
     io_reason: str = ""
     link_bytes_per_second: float = 0.0
     """Between host and device, each way; 0: not known, or no device."""
+    gpu_memory_bytes: int | None = None
+    num_drives: int = 1
+    """Whose rates together are those above."""
+    sources: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Where a number comes from, by field, if it was not measured here."""
+
+    def with_drives(self, num_drives: int) -> HardwareProfile:
+        """The same machine with so many drives of the kind that it has; their rates add up. ConfigError below 1."""
+        if num_drives < 1:
+            raise ConfigError(f"{num_drives} drives: a machine needs at least 1")
+        share = num_drives / self.num_drives
+        return dataclasses.replace(
+            self,
+            num_drives=num_drives,
+            read_bytes_per_second=self.read_bytes_per_second * share,
+            write_bytes_per_second=self.write_bytes_per_second * share,
+            mixed_bytes_per_second=self.mixed_bytes_per_second * share,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The profile as JSON."""
@@ -95,6 +113,7 @@ def measure_hardware(directories: Directories, device: str, compute_dtype: str =
         host_memory_bytes=available_host_bytes(),
         io_reason="; ".join(dict.fromkeys(drive.reason for drive in drives)),
         link_bytes_per_second=0.0 if device == "cpu" else _measure_link(device),
+        num_drives=len(paths),
     )
     cache = _cache_file(paths, device, compute_dtype)
     # A cache that cannot be written costs a measurement the next time, nothing else.

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fuyou.blocks import ModelBlocks, find_blocks, meta_model
+from fuyou.blocks import ModelBlocks, find_blocks, meta_model, shape_model
 from fuyou.building import (
     BlockWriter,
     checkpoint_files,
@@ -31,7 +31,8 @@ from fuyou.errors import ConfigError, FuyouError, ModelError
 from fuyou.hardware import HardwareProfile, cached_hardware
 from fuyou.memory import return_freed_memory
 from fuyou.plan import Plan
-from fuyou.planning import choose_device, plan_for, shard_layouts
+from fuyou.planner import ShardSize
+from fuyou.planning import choose_device, plan_for, shard_layouts, shard_sizes
 from fuyou.runtime import Runtime
 from fuyou.trace import Trace
 from io_engine import (
@@ -212,7 +213,7 @@ def plan_model(
 
         config = AutoConfig.from_pretrained(resolve_checkpoint(config))
     device = hardware.device if hardware is not None else choose_device(offload)
-    with model_of(config, DTYPES[offload.compute_dtype]) as model:
+    with model_of(config, DTYPES[offload.compute_dtype], make=shape_model) as model:
         blocks = find_blocks(model, offload.blocks)
         layouts = shard_layouts(blocks, model, offload.compute_dtype, offload.moment_dtype)
     hidden = config.get_text_config().hidden_size
@@ -230,7 +231,16 @@ def plan_model(
         else cached_hardware(offload.store_directories, device, offload.compute_dtype),
         boundary_bytes=len(blocks.layers) * batch_size * sequence_length * hidden * itemsize,
         num_tokens=batch_size * sequence_length,
+        sequence_length=sequence_length,
     )
+
+
+def shards_of(config: Any) -> list[ShardSize]:
+    """What the planner knows of a transformers config's model, all of it trained; nothing is loaded or downloaded."""
+    with model_of(config, torch.bfloat16, make=shape_model) as model:
+        blocks = find_blocks(model)
+        layouts = shard_layouts(blocks, model, "bfloat16", "float32")
+    return shard_sizes(blocks, layouts, lambda _name: True)
 
 
 MOST_LAYERS = 1_000
@@ -238,12 +248,12 @@ MOST_LAYERS = 1_000
 
 
 @contextlib.contextmanager
-def model_of(config: Any, dtype: torch.dtype, **kwargs: Any) -> Iterator[nn.Module]:
-    """`meta_model` of a config that may be anybody's: ModelError for whatever transformers raises."""
+def model_of(config: Any, dtype: torch.dtype, *, make: Any = meta_model, **kwargs: Any) -> Iterator[nn.Module]:
+    """`meta_model` (or `shape_model`) of a config that may be anybody's: ModelError for whatever transformers raises."""
     with contextlib.ExitStack() as stack:
         try:
             check_layers(config.to_dict(), MOST_LAYERS)
-            model = stack.enter_context(meta_model(config, dtype, **kwargs))
+            model = stack.enter_context(make(config, dtype, **kwargs))
         except FuyouError:
             raise
         except Exception as error:  # models of many authors fail in many ways

@@ -40,6 +40,12 @@ class BlockPlan:
     `model.fuyou.list_ops` lists the numbers. No choice changes a bit of the result."""
     num_borrowers: int = 0
     """Other blocks that compute with its weights too (tied embeddings)."""
+    width: int = 0
+    """Elements of a token between layers; 0: not a layer, or not known."""
+    input_bytes_per_token: int = 0
+    """Of a layer's input, which is kept whatever else is computed again."""
+    activation_bytes_per_token: int = 0
+    """What activations="host" lets wait; 0: not known."""
 
     def __post_init__(self) -> None:
         if isinstance(self.activations, Mapping):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from fuyou.config import format_bytes
@@ -44,6 +44,10 @@ class ShardSize:
     borrowed_bytes: int = 0
     """Weights of other blocks that it computes with too."""
     borrowed: tuple[str, ...] = ()
+    width: int = 0
+    """Elements of a token between layers; this and the rest as in `BlockPlan`."""
+    input_bytes_per_token: int = 0
+    activation_bytes_per_token: int = 0
 
 
 def pooled_bytes(num_bytes: int) -> int:
@@ -117,12 +121,14 @@ def make_plan(
     hardware: HardwareProfile | None = None,
     boundary_bytes: int | None = None,
     num_tokens: int | None = None,
+    sequence_length: int = 0,
 ) -> Plan:
     """Decide; PlanError says how much memory is short and what the least is.
 
     Without `hardware` there is no prediction of time. `boundary_bytes` is what one step saves between blocks (None: not
-    known before the first batch), `num_tokens` the tokens of one step. With durability="checkpoint" everything that is
-    trained must fit into host memory.
+    known before the first batch), `num_tokens` the tokens of one step, `sequence_length` those of a row (0: not known,
+    attention scores are left out of the time). With durability="checkpoint" everything that is trained must fit into
+    host memory.
     """
     reasons = {"host_memory": host_memory_reason}
     least = least_memory(shards)
@@ -199,6 +205,9 @@ def make_plan(
             update_window="forward" if writes_back and s.trainable else "backward",
             gradient="free" if not s.trainable else "host" if writes_back else "spill" if clipping else "free",
             num_borrowers=sum(s.name in other.borrowed for other in shards),
+            width=s.width,
+            input_bytes_per_token=s.input_bytes_per_token,
+            activation_bytes_per_token=s.activation_bytes_per_token,
         )
         for s in shards
     ]
@@ -223,13 +232,17 @@ def make_plan(
             surplus = max(0, min(surplus, record_pool - least.records))
             record_pool -= surplus
             free += surplus
-    late = [] if writes_back else _late_blocks(blocks, free, hardware, num_tokens)
+    seconds = _step_seconds(hardware, num_tokens, sequence_length)
+    late = [] if writes_back else _late_blocks(blocks, free, seconds)
     for number in late:
         change: dict[str, Any] = {"update_window": "forward"}
         if blocks[number].gradient == "free":
             change["gradient"] = "host"
             gradient_pool += take(pooled_bytes(blocks[number].gradient_bytes))
         blocks[number] = dataclasses.replace(blocks[number], **change)
+    swapped = _swapped_layers(blocks, free, seconds, num_tokens)
+    for number in swapped:
+        blocks[number] = dataclasses.replace(blocks[number], activations="host")
     activations += take(free)
     reasons["update_window"] = (
         "all updates are made on the way to the next forward pass: in memory there is no old slot to undo an early one from"
@@ -260,7 +273,13 @@ def make_plan(
         if writes_back
         else "every optimizer step is committed; a crash costs at most the two steps in flight"
     )
-    reasons["activations"] = "each layer is computed again in the backward pass; its input alone is kept"
+    num_layers = sum(b.kind == "layer" for b in blocks)
+    reasons["activations"] = (
+        f"outputs of matrix products of {len(swapped)} of {num_layers} layers wait in host memory that nothing else needs, which "
+        "takes less time than computing them again; of the others the input alone is kept"
+        if swapped
+        else "each layer is computed again in the backward pass; its input alone is kept"
+    )
     return Plan(
         device=device,
         compute_dtype=compute_dtype,
@@ -280,7 +299,9 @@ def make_plan(
         overhead_bytes=overhead,
         blocks=tuple(blocks),
         reasons=reasons,
-        prediction=None if hardware is None else predict(blocks, hardware, num_tokens, commit_every_steps=every),
+        prediction=None
+        if hardware is None
+        else predict(blocks, hardware, num_tokens, sequence_length=sequence_length, commit_every_steps=every),
     )
 
 
@@ -303,33 +324,18 @@ def _kept_bytes(trainable: Sequence[ShardSize]) -> tuple[int, int, int]:
     )
 
 
-def _late_blocks(
-    blocks: Sequence[BlockPlan], free_bytes: int, hardware: HardwareProfile | None, num_tokens: int | None
-) -> list[int]:
-    """Numbers of the blocks whose updates are better made on the way to their next forward pass.
+def spread(numbers: Sequence[int], count: int) -> list[int]:
+    """`count` of the numbers, evenly spread."""
+    return [numbers[(2 * i + 1) * len(numbers) // (2 * count)] for i in range(count)]
 
-    They are spread over the model: weights are read a few blocks ahead only, so that late updates of neighbours would
-    wait for each other. A gradient that clipping does not keep anyway must fit into `free_bytes` until then.
+
+def best_count(most: int, seconds: Callable[[int], float]) -> int:
+    """The number from 0 to `most` with the shortest time, 0 unless the gain is worth it.
+
+    The time falls while work moves into idle lanes and rises when those are full: a coarse look, then around the best.
     """
-    if hardware is None or not num_tokens:
-        return []
-    trainable = [number for number, block in enumerate(blocks) if block.trainable]
-    largest = max((pooled_bytes(block.gradient_bytes) for block in blocks if block.gradient == "free"), default=0)
-    most = min(len(trainable), free_bytes // largest if largest else len(trainable))
-
-    def chosen(num_late: int) -> list[int]:
-        return [trainable[(2 * i + 1) * len(trainable) // (2 * num_late)] for i in range(num_late)]
-
-    def seconds(num_late: int) -> float:
-        tried = list(blocks)
-        for number in chosen(num_late):
-            gradient: Any = "host" if tried[number].gradient == "free" else tried[number].gradient
-            tried[number] = dataclasses.replace(tried[number], update_window="forward", gradient=gradient)
-        return predict(tried, hardware, num_tokens).seconds
-
-    # The time falls while work moves into idle lanes and rises when those are full: a coarse look, then around the best.
     step = max(1, most // 8)
-    found = {number: seconds(number) for number in range(0, most + 1, step)}
+    found = {number: seconds(number) for number in sorted({*range(0, most + 1, step), most})}
     while step > 1:
         step //= 2
         best = min(found, key=lambda n: (found[n], n))
@@ -337,7 +343,61 @@ def _late_blocks(
             if 0 <= number <= most and number not in found:
                 found[number] = seconds(number)
     best = min(found, key=lambda n: (found[n], n))
-    return chosen(best) if found[best] < found[0] * (1 - LEAST_GAIN) else []
+    return best if found[best] < found[0] * (1 - LEAST_GAIN) else 0
+
+
+StepSeconds = Callable[[Sequence[BlockPlan]], float]
+
+
+def _step_seconds(hardware: HardwareProfile | None, num_tokens: int | None, sequence_length: int) -> StepSeconds | None:
+    """How long a step with such blocks takes; None where it cannot be said."""
+    if hardware is None or not num_tokens:
+        return None
+    return lambda blocks: predict(blocks, hardware, num_tokens, sequence_length=sequence_length).seconds
+
+
+def _late_blocks(blocks: Sequence[BlockPlan], free_bytes: int, seconds: StepSeconds | None) -> list[int]:
+    """Numbers of the blocks whose updates are better made on the way to their next forward pass.
+
+    They are spread over the model: weights are read a few blocks ahead only, so that late updates of neighbours would
+    wait for each other. A gradient that clipping does not keep anyway must fit into `free_bytes` until then.
+    """
+    if seconds is None:
+        return []
+    trainable = [number for number, block in enumerate(blocks) if block.trainable]
+    largest = max((pooled_bytes(block.gradient_bytes) for block in blocks if block.gradient == "free"), default=0)
+    most = min(len(trainable), free_bytes // largest if largest else len(trainable))
+
+    def tried(num_late: int) -> float:
+        changed = list(blocks)
+        for number in spread(trainable, num_late):
+            gradient: Any = "host" if changed[number].gradient == "free" else changed[number].gradient
+            changed[number] = dataclasses.replace(changed[number], update_window="forward", gradient=gradient)
+        return seconds(changed)
+
+    return spread(trainable, best_count(most, tried))
+
+
+def _swapped_layers(
+    blocks: Sequence[BlockPlan], free_bytes: int, seconds: StepSeconds | None, num_tokens: int | None
+) -> list[int]:
+    """Numbers of the layers whose activations are better kept in `free_bytes` of host memory than computed again.
+
+    Layers of a model save alike per byte, so that their number is what there is to choose. What rounding to whole
+    buffers takes on top goes to scratch files; the executor sees to that.
+    """
+    layers = [number for number, block in enumerate(blocks) if block.activation_bytes_per_token]
+    if seconds is None or not num_tokens or not layers:
+        return []
+    largest = max(num_tokens * blocks[number].activation_bytes_per_token for number in layers)
+
+    def tried(num_swapped: int) -> float:
+        changed = list(blocks)
+        for number in spread(layers, num_swapped):
+            changed[number] = dataclasses.replace(changed[number], activations="host")
+        return seconds(changed)
+
+    return spread(layers, best_count(min(len(layers), free_bytes // largest), tried))
 
 
 def _choices(blocks: Sequence[BlockPlan]) -> Iterator[_Choice]:
@@ -376,6 +436,7 @@ def predict(
     num_tokens: int | None,
     prefetch_depth: int = 2,
     commit_every_steps: int = 1,
+    sequence_length: int = 0,
 ) -> Prediction:
     """A steady step's traffic and time, simulated; no step is clipped."""
     step = simulate_step(
@@ -384,5 +445,6 @@ def predict(
         num_tokens=num_tokens or 0,
         prefetch_depth=prefetch_depth,
         commit_every_steps=commit_every_steps,
+        sequence_length=sequence_length,
     )
     return Prediction(step.seconds, step.lane_seconds, step.limiting_lane, *traffic(blocks, commit_every_steps))

@@ -43,10 +43,32 @@ def shard_layouts(
     }
 
 
+def layer_widths(layout: ShardLayout) -> tuple[int, int]:
+    """Elements of one token: of a layer's input, and of the outputs of its matrix products and attention.
+
+    By shape alone: a layer's first vector is the weight of the norm of its input; a product's output has the length of
+    its bias (transformers' Conv1D stores its matrix the other way around), else that of its matrix. 0 for products
+    with experts, of which each token meets some only.
+    """
+    shapes = {p.name: p.shape for p in layout.parameters}
+    width = next((shape[0] for shape in shapes.values() if len(shape) == 1), 0)
+    if any(len(shape) > 2 for shape in shapes.values()) or ".experts." in "".join(shapes):
+        return width, 0
+    outputs = [
+        shapes.get(name.removesuffix("weight") + "bias", shape)[0] for name, shape in shapes.items() if len(shape) == 2
+    ]
+    return width, sum(outputs) + width
+
+
 def shard_sizes(
     blocks: ModelBlocks, layouts: Mapping[str, ShardLayout], trainable: Callable[[str], bool]
 ) -> list[ShardSize]:
     """What the planner knows of the blocks that own parameters, in the order of the forward pass."""
+    widths = {
+        b.name: layer_widths(layouts[b.name]) if b.kind == "layer" else (0, 0)
+        for b in blocks.blocks
+        if b.name in layouts
+    }
     return [
         ShardSize(
             name=block.name,
@@ -60,6 +82,9 @@ def shard_sizes(
             gradient_chunk_bytes=layouts[block.name].gradient_range(0)[1],
             borrowed_bytes=sum(layouts[b].weight_bytes for b in block.borrows),
             borrowed=block.borrows,
+            width=widths[block.name][0],
+            input_bytes_per_token=widths[block.name][0] * layouts[block.name].weight_itemsize,
+            activation_bytes_per_token=widths[block.name][1] * layouts[block.name].weight_itemsize,
         )
         for block in _with_borrowers(blocks, layouts)
     ]
@@ -147,6 +172,7 @@ def plan_for(
     boundary_bytes: int | None = None,
     num_tokens: int | None = None,
     adapter_bytes: int = 0,
+    sequence_length: int = 0,
 ) -> Plan:
     """The plan of a model on this machine; the config's own plan, if it has one. Raises as `make_plan`.
 
@@ -180,6 +206,7 @@ def plan_for(
         hardware=hardware,
         boundary_bytes=boundary_bytes,
         num_tokens=num_tokens,
+        sequence_length=sequence_length,
     )
     if config.durability is not None:
         return make(durability=config.durability, commit_every_steps=config.commit_every_steps)

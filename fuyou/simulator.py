@@ -19,6 +19,8 @@ RECORD_PARAMETERS = 2 * 2**20
 """Of one record of states, as in `optim.layout`."""
 MOST_PIECES = 8
 """Into which a block's update is cut at most, so that large blocks cost no more time here than small ones."""
+KEPT = ("keep", "host", "ssd")
+"""Policies for the activations of a whole layer under which its matrix products are not computed again."""
 RECORD_BUFFERS = 6
 """Records between the beginning of their read and the end of their write."""
 
@@ -105,6 +107,20 @@ def play(tasks: Sequence[Task], speeds: Speeds) -> list[SimulatedSpan]:
     return [SimulatedSpan(t.lane, t.name, started[n], ended[n]) for n, t in enumerate(tasks)]
 
 
+def multiplied_parameters(blocks: Sequence[BlockPlan], sequence_length: int) -> dict[str, int]:
+    """Multiplications of one token's forward pass, by block: nothing is multiplied with the embedding, but a tied head is.
+
+    Attention counts half of sequence_length x width twice (scores and values, masked by half), 0 without a length.
+    """
+    borrowed = sum(b.num_parameters * b.num_borrowers for b in blocks)
+    return {
+        b.name: 0
+        if b.kind == "prologue"
+        else b.num_parameters + (borrowed if b.kind == "epilogue" else sequence_length * b.width)
+        for b in blocks
+    }
+
+
 def simulate_step(
     blocks: Sequence[BlockPlan],
     hardware: HardwareProfile,
@@ -112,12 +128,18 @@ def simulate_step(
     num_tokens: int,
     prefetch_depth: int = 2,
     commit_every_steps: int = 1,
+    sequence_length: int = 0,
+    updates_after_backward: bool = False,
 ) -> SimulatedStep:
     """Simulate training with a plan's blocks until it is steady, and return that step; no step is clipped.
 
-    Where not every step is written, each has its share of the writes of one that is.
+    Where not every step is written, each has its share of the writes of one that is. Without a `sequence_length` attention
+    scores are left out. With `updates_after_backward` no update of a late window begins before the backward pass has ended
+    and no forward pass before all have: how others do it, never our executor.
     """
-    builder = _StepBuilder(blocks, hardware, num_tokens, prefetch_depth, commit_every_steps)
+    builder = _StepBuilder(
+        blocks, hardware, num_tokens, prefetch_depth, commit_every_steps, sequence_length, updates_after_backward
+    )
     ends = [builder.add_step() for _ in range(3)]
     spans = play(builder.tasks, lane_speeds(hardware))
     begin, end = spans[ends[1]].ended_seconds, spans[ends[2]].ended_seconds
@@ -167,12 +189,15 @@ class _StepBuilder:
         num_tokens: int,
         prefetch_depth: int,
         commit_every_steps: int,
+        sequence_length: int,
+        updates_after_backward: bool,
     ) -> None:
         self.tasks: list[Task] = []
         self._blocks, self._hardware = blocks, hardware
         self._tokens = num_tokens
         self._depth = prefetch_depth
         self._commit_every_steps = commit_every_steps
+        self._all_late = updates_after_backward
         self._computes: list[int] = []
         self._last_read: int | None = None
         self._written_records: list[int] = []
@@ -180,11 +205,9 @@ class _StepBuilder:
         """By block, the write of its latest weights."""
         self._gradients: dict[str, int] = {}
         """By block with a late update, what brought its gradient to where it waits."""
-        borrowed = sum(b.num_parameters * b.num_borrowers for b in blocks)
-        self._parameters_computed = {
-            b.name: 0 if b.kind == "prologue" else b.num_parameters + (borrowed if b.kind == "epilogue" else 0)
-            for b in blocks
-        }
+        self._saved: dict[str, int] = {}
+        """By block, what brought the activations of its forward pass to where they wait."""
+        self._multiplied = multiplied_parameters(blocks, sequence_length)
 
     def add_step(self) -> int:
         """One more step; returns the number of its last task in the backward pass."""
@@ -193,6 +216,8 @@ class _StepBuilder:
             if block.name in self._gradients:
                 weights = self._update(block, [weights, self._gradients.pop(block.name)])
             self._compute(block, f"{block.name} forward", FORWARD_FLOPS, weights)
+            if block.kind == "layer":
+                self._save_activations(block)
             if block.kind == "epilogue":  # its backward pass follows at once
                 self._compute(block, f"{block.name} backward", BACKWARD_FLOPS, weights)
         for block in reversed(self._blocks):
@@ -200,10 +225,17 @@ class _StepBuilder:
             reads = not is_epilogue or (block.trainable and block.update_window == "backward")
             weights = self._read_weights(block) if reads else self._computes[-1]
             if not is_epilogue:
-                self._compute(block, f"{block.name} backward", BACKWARD_FLOPS + RECOMPUTE_FLOPS, weights)
+                again = RECOMPUTE_FLOPS if block.activations not in KEPT else 0.0
+                saved = self._saved_activations(block) if block.kind == "layer" else None
+                self._compute(block, f"{block.name} backward", BACKWARD_FLOPS + again, weights, saved)
             if block.trainable:
                 self._gradient(block, weights)
-        return self._computes[-1]
+        end = self._computes[-1]
+        if self._all_late:
+            late = [b for b in reversed(self._blocks) if b.name in self._gradients]
+            updates = [self._update(b, [end, self._gradients.pop(b.name)]) for b in late]
+            self._computes.append(self._add("gpu", "updates", 0.0, [*updates, *self._written.values()]))
+        return end
 
     def _add(self, lane: str, name: str, seconds: float, after: Iterable[int | None]) -> int:
         self.tasks.append(Task(lane, name, seconds, tuple(sorted({n for n in after if n is not None}))))
@@ -223,11 +255,38 @@ class _StepBuilder:
         rate = self._hardware.link_bytes_per_second
         return num_bytes / rate if rate else 0.0
 
-    def _compute(self, block: BlockPlan, name: str, flops: float, weights: int) -> None:
-        amount = flops * self._parameters_computed[block.name] * self._tokens
+    def _compute(self, block: BlockPlan, name: str, flops: float, weights: int, saved: int | None = None) -> None:
+        amount = flops * self._multiplied[block.name] * self._tokens
         before = self._computes[-1] if self._computes else None
         seconds = amount / self._hardware.compute_flops_per_second
-        self._computes.append(self._add("gpu", name, seconds, (before, weights)))
+        self._computes.append(self._add("gpu", name, seconds, (before, weights, saved)))
+
+    def _save_activations(self, block: BlockPlan) -> None:
+        """The layer's input, and what else is not computed again, leave the device."""
+        task = self._computes[-1]
+        if self._hardware.device != "cpu":
+            task = self._add("d2h", f"{block.name} activations", self._link_seconds(self._moved(block)), (task,))
+        if block.activations == "ssd":
+            seconds = self._tokens * block.activation_bytes_per_token / self._hardware.write_bytes_per_second
+            task = self._add("ssd_write", f"{block.name} activations", seconds, (task,))
+        self._saved[block.name] = task
+
+    def _saved_activations(self, block: BlockPlan) -> int:
+        """Bring them back, as far ahead as weights; the last task of that."""
+        task = self._saved.pop(block.name)
+        ahead = self._computes[-1 - self._depth] if len(self._computes) > self._depth else None
+        if block.activations == "ssd":
+            seconds = self._tokens * block.activation_bytes_per_token / self._hardware.read_bytes_per_second
+            task = self._add("ssd_read", f"{block.name} activations", seconds, (task, ahead))
+        if self._hardware.device != "cpu":
+            seconds = self._link_seconds(self._moved(block))
+            task = self._add("h2d", f"{block.name} activations", seconds, (task, ahead))
+        return task
+
+    def _moved(self, block: BlockPlan) -> int:
+        """Bytes of a layer's activations that cross the link, each way."""
+        swapped = block.activation_bytes_per_token if block.activations in ("host", "ssd") else 0
+        return self._tokens * (block.input_bytes_per_token + swapped)
 
     def _gradient(self, block: BlockPlan, weights: int) -> None:
         """The gradient leaves the device; an early update begins, or it waits for a late one."""
