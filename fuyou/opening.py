@@ -29,6 +29,7 @@ from fuyou.checkpointing import checkpoint_json
 from fuyou.config import OffloadConfig
 from fuyou.errors import ConfigError, FuyouError, ModelError
 from fuyou.hardware import HardwareProfile, cached_hardware
+from fuyou.html import StoreContents
 from fuyou.memory import return_freed_memory
 from fuyou.plan import Plan
 from fuyou.planner import ShardSize
@@ -265,34 +266,36 @@ def model_of(config: Any, dtype: torch.dtype, *, make: Any = meta_model, **kwarg
         yield model
 
 
-def inspect_store(store: str | os.PathLike[str] | Sequence[str]) -> dict[str, Any]:
+def inspect_store(store: str | os.PathLike[str] | Sequence[str]) -> StoreContents:
     """What a store holds, as JSON; takes no lock and writes nothing. StoreError if it is none."""
     directories = OffloadConfig(store=store).store_directories
     snapshot = Store.peek(directories)
     shards = stored_shards(snapshot.description, directories[0])
-    return {
-        "directories": [str(d) for d in directories],
-        "identity": snapshot.identity,
-        "step": snapshot.step,
-        "filled": bool(snapshot.state.get("filled")),
-        "numerics": snapshot.state.get("numerics", {}),
-        "optimizer": snapshot.state.get("optimizer", {}),
-        "num_parameters": sum(s.num_parameters for s in shards),
-        "size_bytes": snapshot.size_bytes,
-        "checkpoints": [checkpoint_json(checkpoint) for checkpoint in snapshot.checkpoints],
-        "notes": list(snapshot.notes),
-        "shards": [
-            {
-                "name": s.name,
-                "num_parameters": s.num_parameters,
-                "weight_bytes": s.weight_bytes,
-                "state_bytes": s.state_bytes if s.state_name in snapshot.slots else 0,
-                "slot": snapshot.slots.get(s.weight_name, 0),
-                "parameters": {p.name: list(p.shape) for p in s.parameters},
-            }
-            for s in shards
-        ],
-    }
+    return StoreContents(
+        {
+            "directories": [str(d) for d in directories],
+            "identity": snapshot.identity,
+            "step": snapshot.step,
+            "filled": bool(snapshot.state.get("filled")),
+            "numerics": snapshot.state.get("numerics", {}),
+            "optimizer": snapshot.state.get("optimizer", {}),
+            "num_parameters": sum(s.num_parameters for s in shards),
+            "size_bytes": snapshot.size_bytes,
+            "checkpoints": [checkpoint_json(checkpoint) for checkpoint in snapshot.checkpoints],
+            "notes": list(snapshot.notes),
+            "shards": [
+                {
+                    "name": s.name,
+                    "num_parameters": s.num_parameters,
+                    "weight_bytes": s.weight_bytes,
+                    "state_bytes": s.state_bytes if s.state_name in snapshot.slots else 0,
+                    "slot": snapshot.slots.get(s.weight_name, 0),
+                    "parameters": {p.name: list(p.shape) for p in s.parameters},
+                }
+                for s in shards
+            ],
+        }
+    )
 
 
 def verify_store(store: str | os.PathLike[str] | Sequence[str]) -> list[str]:

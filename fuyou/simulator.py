@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from fuyou.costs import BACKWARD_FLOPS, FORWARD_FLOPS, RECOMPUTE_FLOPS
 from fuyou.hardware import HardwareProfile
+from fuyou.html import lanes_picture
 from fuyou.plan import BlockPlan
 
 RECORD_PARAMETERS = 2 * 2**20
@@ -62,6 +63,12 @@ class SimulatedStep:
     def limiting_lane(self) -> str:
         """The lane that was busy longest."""
         return max(self.lane_seconds, key=lambda lane: self.lane_seconds[lane])
+
+    def _repr_html_(self) -> str:
+        spans: dict[str, list[tuple[float, float, str]]] = {}
+        for s in self.spans:
+            spans.setdefault(s.lane, []).append((s.started_seconds, s.ended_seconds, s.name))
+        return lanes_picture("predicted", self.seconds, spans, self.lane_seconds)
 
 
 def play(tasks: Sequence[Task], speeds: Speeds) -> list[SimulatedSpan]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fuyou.html import lanes_picture
 from io_engine import Engine, Extent, Transfer
 
 LANES = ("gpu", "h2d", "d2h", "ssd_read", "ssd_write", "cpu")
@@ -46,6 +47,15 @@ class StepTrace:
         seconds = self.lane_seconds()
         return max(LANES, key=lambda lane: seconds[lane])
 
+    def _repr_html_(self) -> str:
+        begin, end = self.started_seconds, self.ended_seconds
+        spans: dict[str, list[tuple[float, float, str]]] = {}
+        for s in self.spans:
+            spans.setdefault(s.lane, []).append(
+                (max(s.started_seconds, begin) - begin, min(s.ended_seconds, end) - begin, s.name)
+            )
+        return lanes_picture(f"step {self.step}", end - begin, spans, self.lane_seconds())
+
     def to_json(self) -> dict[str, Any]:
         """The trace as JSON, times in seconds from the step's start."""
         return {
@@ -79,6 +89,9 @@ class Trace:
         self.steps: deque[StepTrace] = deque(maxlen=num_steps_kept)
         self._spans: list[Span] = []
         self._lock = threading.Lock()
+
+    def _repr_html_(self) -> str:
+        return self.steps[-1]._repr_html_() if self.steps else "no step was taken yet"
 
     def record(self, lane: str, name: str, started: float, ended: float, num_bytes: int = 0) -> None:
         """Add a span; callable from any thread."""

@@ -9,20 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from fuyou.errors import ConfigError
+from fuyou.html import COLOURS
 from fuyou.simulator import SimulatedStep
 from fuyou.trace import LANES, StepTrace
 
 TRACE_NAME = "trace.json"
 """In a store's first directory: the last steps of the run that closed it last."""
-
-_COLOURS = {
-    "gpu": "#4c72b0",
-    "h2d": "#55a868",
-    "d2h": "#8172b2",
-    "ssd_read": "#64b5cd",
-    "ssd_write": "#c44e52",
-    "cpu": "#ccb974",
-}
 
 
 def save_traces(directory: Path, steps: Iterable[StepTrace], predicted: SimulatedStep | None) -> None:
@@ -106,7 +98,7 @@ def draw(step: Mapping[str, Any], predicted: Mapping[str, Any] | None, path: Pat
     for axes, (title, found) in zip(figure.subplots(len(parts), 1, squeeze=False)[:, 0], parts, strict=True):
         for number, lane in enumerate(reversed(LANES)):
             bars = [(s["start"], s["end"] - s["start"]) for s in found["spans"] if s["lane"] == lane]
-            axes.broken_barh(bars, (number - 0.4, 0.8), color=_COLOURS[lane])
+            axes.broken_barh(bars, (number - 0.4, 0.8), color=COLOURS[lane])
         axes.set(title=f"{title}: {found['seconds']:.3f} s", xlim=(0, longest), ylim=(-0.6, len(LANES) - 0.4))
         axes.set_yticks(range(len(LANES)), list(reversed(LANES)))
     axes.set_xlabel("seconds")
