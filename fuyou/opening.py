@@ -520,7 +520,11 @@ def _numerics(store: Store, offload: OffloadConfig, seed: int | None, device: st
             "num_threads": torch.get_num_threads(),
             "device": torch.device(device).type,
         }
-    assert isinstance(stored, dict)
+    if not _are_numerics(stored):
+        raise StoreError(
+            f"{store.directories[0]}: what its manifest says of the run's numerics is unusable ({str(stored)[:80]}); it was "
+            "made by another program, or by hand: restore it from a backup"
+        )
     for field, asked in (("seed", seed), ("micro_batch_size", offload.micro_batch_size)):
         if asked is not None and asked != stored[field]:
             raise ConfigError(
@@ -528,6 +532,17 @@ def _numerics(store: Store, offload: OffloadConfig, seed: int | None, device: st
                 "out, or begin a new run in another directory"
             )
     return dict(stored)
+
+
+def _are_numerics(stored: Any) -> bool:
+    """Whether a manifest's numerics can be a run's."""
+    kinds = {"seed": int, "micro_batch_size": int | None, "num_threads": int, "device": str}
+    return (
+        isinstance(stored, dict)
+        and all(isinstance(stored.get(field), kind) for field, kind in kinds.items())
+        and (stored["micro_batch_size"] is None or stored["micro_batch_size"] > 0)
+        and 0 < stored["num_threads"] < 2**16
+    )
 
 
 def _fill(

@@ -4,6 +4,9 @@ A run makes a store, fills it, trains a tiny model with a clipping limit that so
 exports; each of its processes follows another plan, with updates in both windows. Processes are forked from this one,
 which has imported everything, so that a kill costs a fraction of a second. Exit code 1 and a message at the first
 broken promise.
+
+With --power-loss (root only) the stores lie on a file system in a file of its own, which is shut down at the same
+moments without flushing its journal (FS_IOC_SHUTDOWN), together with the process, and mounted again.
 """
 
 from __future__ import annotations
@@ -11,10 +14,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import fcntl
 import os
 import random
 import shutil
 import signal
+import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +38,7 @@ import fuyou
 import fuyou.opening
 import fuyou.runtime
 from io_engine import Store
+from io_engine.directories import sync_directory
 from optim import kernels, norm
 
 NUM_STEPS = 6
@@ -47,6 +54,12 @@ STEP_SECONDS = 0.1
 MOST_OFTEN = {"fill": 4, "allocate": 2}
 """How often a phase comes in a run, if neither once nor in each step."""
 
+MOST_OFTEN_UNCOMMITTED = 3
+"""Steps from commit to commit, at most, with --durability checkpoint."""
+SHUTDOWN, WITHOUT_FLUSH = 0x8004587D, 2
+"""FS_IOC_SHUTDOWN of Linux, and its flag that leaves even the journal unwritten."""
+IMAGE_BYTES = 512 * 2**20
+
 CONFIG = LlamaConfig(
     vocab_size=64,
     hidden_size=32,
@@ -59,6 +72,9 @@ CONFIG = LlamaConfig(
     bos_token_id=None,
     eos_token_id=None,
 )
+
+MOST_REPEATED = {"step": 2, "checkpoint": MOST_OFTEN_UNCOMMITTED + 1}
+"""Steps that a crash may cost: those since the last commit, and the one in flight."""
 
 Tell = Callable[[str], None]
 
@@ -73,23 +89,28 @@ def main() -> int:
     parser.add_argument("num_kills", type=int, nargs="?", default=20, metavar="N", help="kills (20)")
     parser.add_argument("--seed", type=int, default=0, help="of phases, delays and plans (0)")
     parser.add_argument("--folder", type=Path, help="where the stores lie meanwhile (a temporary folder)")
+    parser.add_argument("--durability", choices=("step", "checkpoint"), default="step", help="of the runs (step)")
+    parser.add_argument("--power-loss", choices=("ext4", "xfs"), help="shut a file system of this type down, too")
     options = parser.parse_args()
     torch.set_num_threads(1)
     kernels.warm_up("float32")
     norm.warm_up()
     with tempfile.TemporaryDirectory(prefix="fuyou-crash-", dir=options.folder) as folder:
+        machine = _Machine() if options.power_loss is None else _PowerLoss(Path(folder), options.power_loss)
         try:
-            print(_kill_and_resume(Path(folder), options.num_kills, random.Random(options.seed)))
+            with machine.switched_on(Path(folder)) as place:
+                choose = random.Random(options.seed)
+                print(_kill_and_resume(place, options.num_kills, choose, options.durability, machine))
         except Broken as error:
             print(f"crash_test: {error} (--seed {options.seed})", file=sys.stderr)
             return 1
     return 0
 
 
-def _kill_and_resume(folder: Path, num_kills: int, choose: random.Random) -> str:
+def _kill_and_resume(folder: Path, num_kills: int, choose: random.Random, durability: str, machine: _Machine) -> str:
     expected = _uninterrupted(folder / "reference")
     started_seconds = time.perf_counter()
-    run = _Run(folder / "0", expected)
+    run = _Run(folder / "0", expected, durability, machine)
     killed: Counter[str] = Counter()
     num_runs, num_repeated = 1, 0
     to_come: list[str] = []
@@ -100,7 +121,7 @@ def _kill_and_resume(folder: Path, num_kills: int, choose: random.Random) -> str
         while run.is_complete or not run.may_reach(phase):
             if run.is_complete:
                 num_repeated += run.check_end()
-                run, num_runs = _Run(folder / str(num_runs), expected), num_runs + 1
+                run, num_runs = _Run(folder / str(num_runs), expected, durability, machine), num_runs + 1
             else:
                 run.live(choose, None)
         killed[phase] += run.live(choose, phase)
@@ -110,8 +131,86 @@ def _kill_and_resume(folder: Path, num_kills: int, choose: random.Random) -> str
     phases = ", ".join(f"{killed[phase]} {phase}" for phase in PHASES)
     return (
         f"{killed.total()} kills ({phases}) of {num_runs} runs in {time.perf_counter() - started_seconds:.0f} s: every resume "
-        f"went on bit for bit, no committed step was lost, {num_repeated} steps were repeated, two at most at a time"
+        f"went on bit for bit, no committed step was lost, {num_repeated} steps were repeated, {MOST_REPEATED[durability]} "
+        "at most at a time"
     )
+
+
+# --------------------------------------------------------------------------------------------- what ends a process
+
+
+class _Machine:
+    """Processes are killed; everything that they wrote stays."""
+
+    @contextlib.contextmanager
+    def switched_on(self, folder: Path) -> Iterator[Path]:
+        """Where the stores may lie meanwhile."""
+        yield folder
+
+    def stop(self, process_id: int) -> None:
+        """End the process, now."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process_id, signal.SIGKILL)
+
+    def restart(self) -> None:
+        """After the process has ended: what follows finds what a restart would."""
+
+
+class _PowerLoss(_Machine):
+    """The stores' file system goes down with the process, and forgets what it has not written yet."""
+
+    def __init__(self, folder: Path, file_system: str) -> None:
+        self._image, self._place, self._type = folder / "image", folder / "mounted", file_system
+        self._is_down = False
+
+    @contextlib.contextmanager
+    def switched_on(self, folder: Path) -> Iterator[Path]:
+        with open(self._image, "wb") as file:
+            file.truncate(IMAGE_BYTES)
+        self._place.mkdir()
+        _run_tool(f"mkfs.{self._type}", "-q", str(self._image))
+        self._mount()
+        try:
+            yield self._place
+        finally:
+            self._unmount()
+
+    def stop(self, process_id: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process_id, signal.SIGSTOP)  # it would see errors, and say so, between one and the other
+        directory = os.open(self._place, os.O_RDONLY)
+        try:
+            fcntl.ioctl(directory, SHUTDOWN, struct.pack("I", WITHOUT_FLUSH))
+        finally:
+            os.close(directory)
+        self._is_down = True
+        super().stop(process_id)
+
+    def restart(self) -> None:
+        if self._is_down:
+            self._unmount()
+            self._mount()
+            self._is_down = False
+
+    def _unmount(self) -> None:
+        # The kernel may be closing the files of a killed process still.
+        for _ in range(200):
+            if subprocess.run(("umount", str(self._place)), capture_output=True).returncode == 0:
+                return
+            time.sleep(0.1)
+        _run_tool("umount", str(self._place))
+
+    def _mount(self) -> None:
+        _run_tool("mount", "-o", "loop", "-t", self._type, str(self._image), str(self._place))
+
+
+def _run_tool(*command: str) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise Broken(f"--power-loss needs {command[0]}: install e2fsprogs or xfsprogs, and util-linux") from None
+    if done.returncode:
+        raise Broken(f"{' '.join(command)} failed ({done.stderr.strip()}): --power-loss needs root and loop devices")
 
 
 # ------------------------------------------------------------------------------------------- a run and its processes
@@ -120,9 +219,11 @@ def _kill_and_resume(folder: Path, num_kills: int, choose: random.Random) -> str
 class _Run:
     """One store, and what its processes have said so far."""
 
-    def __init__(self, folder: Path, expected: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, expected: dict[str, Any], durability: str, machine: _Machine) -> None:
         folder.mkdir(parents=True)
+        sync_directory(str(folder.parent))
         self.folder, self._expected = folder, expected
+        self._durability, self._machine = durability, machine
         self.is_filled = self.is_complete = False
         self.num_repeated = 0
         self._num_returned = 0
@@ -136,7 +237,7 @@ class _Run:
         number_in_phase = choose.randint(1, num_left if phase in ("step", "commit") else MOST_OFTEN.get(phase or "", 1))
         delay_seconds = choose.random() * LONGEST_DELAY_SECONDS.get(phase or "", STEP_SECONDS)
         plan_seed = choose.randrange(2**31)
-        with _process(lambda tell: _train(self.folder, plan_seed, tell)) as (process_id, lines):
+        with _process(lambda tell: _train(self.folder, plan_seed, self._durability, tell)) as (process_id, lines):
             killed = False
             for line in lines:
                 self._take_in(line)
@@ -145,10 +246,10 @@ class _Run:
                     number_in_phase -= 1
                     if number_in_phase == 0:
                         time.sleep(delay_seconds)
-                        with contextlib.suppress(ProcessLookupError):
-                            os.kill(process_id, signal.SIGKILL)
+                        self._machine.stop(process_id)
                         killed = True
         status = os.waitstatus_to_exitcode(os.waitpid(process_id, 0)[1])
+        self._machine.restart()
         if status not in (0, -signal.SIGKILL if killed else 0):
             raise Broken(f"a process to be killed in {phase} ended with {status}, after step {self._num_returned}")
         self.is_complete = status == 0
@@ -160,7 +261,7 @@ class _Run:
             step = int(words[1])
             if step < self._committed:
                 raise Broken(f"step {self._committed} was committed, but the run resumed at {step}")
-            if self._num_returned - step > 2:
+            if self._num_returned - step > MOST_REPEATED[self._durability]:
                 raise Broken(f"{self._num_returned} steps had returned, but the run resumed at {step}")
             self.num_repeated += max(0, self._num_returned - step)
         elif words[0] == "filled":
@@ -198,7 +299,7 @@ def _uninterrupted(folder: Path) -> dict[str, Any]:
     folder.mkdir(parents=True)
     losses: dict[int, str] = {}
     clipped: list[str] = []
-    with _process(lambda tell: _train(folder, 0, tell)) as (process_id, lines):
+    with _process(lambda tell: _train(folder, 0, "step", tell)) as (process_id, lines):
         for line in lines:
             words = line.split()
             if words[0] == "loss":
@@ -236,7 +337,8 @@ def _process(work: Callable[[Tell], None]) -> Iterator[tuple[int, Iterator[str]]
 def _weights(folder: Path) -> dict[str, torch.Tensor]:
     weights: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(file)
+        # Copied: what load_file returns is the mapped file, which would keep its file system from being unmounted.
+        weights |= {name: value.clone() for name, value in load_file(file).items()}
     return weights
 
 
@@ -249,10 +351,12 @@ def _check_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 # --------------------------------------------------------------------------------------------------- in the process
 
 
-def _train(folder: Path, plan_seed: int, tell: Tell) -> None:
+def _train(folder: Path, plan_seed: int, durability: Any, tell: Tell) -> None:
     """Go on with the run from wherever the store stands, to its end, telling what begins and what is done."""
     _tell_phases(tell)
-    offload = fuyou.OffloadConfig(store=folder / "store", device="cpu", micro_batch_size=2, host_memory="64MiB")
+    offload = fuyou.OffloadConfig(
+        store=folder / "store", device="cpu", micro_batch_size=2, host_memory="64MiB", durability=durability
+    )
     plan = _edited(
         fuyou.plan_model(CONFIG, offload=offload, batch_size=4, sequence_length=12, max_grad_norm=LIMIT), plan_seed
     )
@@ -285,8 +389,11 @@ def _batch(step: int) -> dict[str, torch.Tensor]:
 
 
 def _edited(plan: fuyou.Plan, seed: int) -> fuyou.Plan:
-    """The plan with its choices made at random, updates in both windows."""
+    """The plan with its choices made at random, updates in both windows where it may have them."""
     choose = random.Random(seed)
+    if plan.durability == "checkpoint":
+        every = choose.randint(1, MOST_OFTEN_UNCOMMITTED)
+        return dataclasses.replace(plan, prefetch_depth=choose.randint(1, 3), commit_every_steps=every)
     windows = ["backward", "forward", *choose.choices(("backward", "forward"), k=len(plan.blocks))]
     return dataclasses.replace(
         plan,

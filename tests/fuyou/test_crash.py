@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,41 +21,46 @@ ROOT = Path(__file__).parents[2]
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 
-def crash_test(num_kills: int, seed: int, folder: Path) -> str:
+def crash_test(num_kills: int, seed: int, folder: Path, *options: str) -> str:
     """What the script prints, in a process of its own: it forks, which this one must not."""
+    arguments = [str(num_kills), "--seed", str(seed), "--folder", str(folder), *options]
     done = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            "scripts/crash_test.py",
-            str(num_kills),
-            "--seed",
-            str(seed),
-            "--folder",
-            folder,
-        ],
+        [sys.executable, "-W", "ignore", "scripts/crash_test.py", *arguments],
         cwd=ROOT,
         env=os.environ | ONE_THREAD | {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+    assert not list(folder.iterdir())
     return done.stdout
 
 
+SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
+
+
 @pytest.mark.parametrize(
-    ("num_kills", "seed"),
-    [(20, 1), pytest.param(200, 2, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])],
+    ("num_kills", "seed", "durability"),
+    [(20, 1, "step"), pytest.param(200, 2, "step", marks=SLOW), pytest.param(100, 3, "checkpoint", marks=SLOW)],
 )
-def test_kills_at_random_moments(num_kills: int, seed: int, tmp_path: Path) -> None:
+def test_kills_at_random_moments(num_kills: int, seed: int, durability: str, tmp_path: Path) -> None:
     """In every phase of a run, the making of the store and the export included."""
-    said = crash_test(num_kills, seed, tmp_path)
+    said = crash_test(num_kills, seed, tmp_path, "--durability", durability)
     assert said.startswith(f"{num_kills} kills (")
     phases = dict(reversed(part.split()) for part in said[said.index("(") + 1 : said.index(")")].split(", "))
     assert len(phases) == 7
     assert sum(count != "0" for count in phases.values()) >= 5  # a process may end before its signal arrives
-    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(os.geteuid() != 0 or not Path("/dev/loop-control").exists(), reason="needs root and loop devices")
+@pytest.mark.parametrize("file_system", ["ext4", "xfs"])
+def test_power_losses(file_system: str, tmp_path: Path) -> None:
+    """The file system goes down without writing its journal: committed steps are there all the same."""
+    if shutil.which(f"mkfs.{file_system}") is None:
+        pytest.skip(f"needs mkfs.{file_system}")
+    assert crash_test(10, 4, tmp_path, "--power-loss", file_system).startswith("10 kills (")
 
 
 @pytest.fixture
@@ -98,9 +104,7 @@ def soak(store: Path, num_steps: int) -> list[tuple[float, int, int, list[str]]]
 
 @pytest.mark.usefixtures("_one_thread")
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads memory and descriptors from /proc")
-@pytest.mark.parametrize(
-    "num_steps", [100, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])], ids=["sample", "soak"]
-)
+@pytest.mark.parametrize("num_steps", [100, pytest.param(10_000, marks=SLOW)], ids=["sample", "soak"])
 def test_long_runs_take_no_more_than_short_ones(num_steps: int, tmp_path: Path) -> None:
     """Memory, descriptors, threads and files are those of the second turn (the first warms up) to the end."""
     first, *later = soak(tmp_path / "store", num_steps)[1:]

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import fuyou
 from fuyou.executor.weights import WeightStream
-from io_engine import Store, StoreError, StoreLockedError
+from io_engine import PosixEngine, Store, StoreError, StoreLockedError
 from optim import OffloadedAdamW
 from optim.kernels import AdamWScalars
 from tests.tiny_models import tiny_batches, tiny_model_config
@@ -342,6 +342,28 @@ def test_a_config_that_holds_infinity(tmp_path: Path) -> None:
     model = fuyou.open_store_model(tmp_path / "store")
     assert list(model.config.time_step_limit) == [0.0, float("inf")]
     model.fuyou.close()
+
+
+@pytest.mark.parametrize(
+    "numerics",
+    [
+        None,
+        {"seed": None},
+        {"seed": "3"},
+        {"micro_batch_size": 0},
+        {"num_threads": -1},
+        {"num_threads": 2**40},
+        {"device": 7},
+    ],
+)
+def test_numerics_that_no_run_can_have(numerics: Any, tmp_path: Path) -> None:
+    """A manifest that another program wrote: refused before anything is computed with it."""
+    open_model(tmp_path / "store").fuyou.close()
+    with PosixEngine() as engine, Store.open([tmp_path / "store"], engine=engine) as store:
+        stored = 5 if numerics is None else store.state["numerics"] | numerics
+        store.commit(step=0, slots={}, checksums={}, state=dict(store.state) | {"numerics": stored})
+    with pytest.raises(StoreError, match="numerics is unusable"):
+        open_model(tmp_path / "store")
 
 
 def test_training_without_an_optimizer_is_explained(tmp_path: Path) -> None:
