@@ -637,16 +637,20 @@ class Runtime:
     def _infer(self, arguments: dict[str, Any]) -> Any:
         with self._weights_of_last_step():
             if arguments.get("labels") is None:
-                return self._executor.infer(arguments)
+                # Generation calls with a cache, once a token. Weights that a step may change are not read ahead for it.
+                again = arguments.get("past_key_values") is not None and not self._gradients_wait()
+                return self._executor.infer([arguments], again=again)[0]
             parts = self._split(arguments)
             if len(parts) == 1 or self._executor.adopted_forward is not None:
-                return self._executor.infer(arguments)
-            loss, logits = 0.0 if any(weight for _, weight in parts) else math.nan, []
-            for part, weight in parts:
-                output = self._executor.infer(part if weight else {**part, "labels": None})
-                loss += weight * float(output.loss) if weight else 0.0
-                logits.append(output.logits)
-            return type(output)(loss=torch.tensor(loss, device=logits[0].device), logits=torch.cat(logits))
+                return self._executor.infer([arguments])[0]
+            calls = [part if weight else {**part, "labels": None} for part, weight in parts]
+            if self._model.training:  # each part has dropout of its own
+                outputs = [self._executor.infer([call])[0] for call in calls]
+            else:
+                outputs = self._executor.infer(calls)
+            counted = [w * float(o.loss) for o, (_, w) in zip(outputs, parts, strict=True) if w]
+            loss, logits = sum(counted) if counted else math.nan, torch.cat([output.logits for output in outputs])
+            return type(outputs[0])(loss=torch.tensor(loss, device=logits.device), logits=logits)
 
     @contextlib.contextmanager
     def _weights_of_last_step(self) -> Iterator[None]:

@@ -430,22 +430,35 @@ class StepExecutor:
             record, self._record = self._record, None
             self._drop(record)
 
-    def infer(self, arguments: Mapping[str, Any]) -> Any:
-        """Run model.forward once without gradients, block by block; returns its output unchanged.
+    def infer(
+        self,
+        calls: Sequence[Mapping[str, Any]],
+        take: Callable[[int, Any], Any] = lambda _number, output: output,
+        *,
+        again: bool = False,
+    ) -> list[Any]:
+        """Run model.forward without gradients for each of the calls' arguments, all of them block by block together.
 
-        A training forward pass that waits for its backward pass goes on waiting.
+        Returns what `take` makes of each call's number and output; whatever it lets go of is freed before the next call's
+        epilogue. Each call draws from the caller's generators as they are now. A training forward pass that waits for its
+        backward pass goes on waiting. `again`: see `WeightStream.announce`.
         """
-        micro_batch = _MicroBatch(0, arguments, 1.0)
-        # Inference draws from the caller's generators, as a plain forward pass does.
-        micro_batch.rng = self._get_rng()
-        with self._running([micro_batch], None), torch.no_grad():
-            micro_batch.grad_enabled = False
-            self._weights.announce(self._visits(self._order))
-            self._run_up_to_epilogue([micro_batch])
+        micro_batches = [_MicroBatch(number, arguments, 1.0) for number, arguments in enumerate(calls)]
+        taken: list[Any] = []
+        for micro_batch in micro_batches:
+            micro_batch.rng = self._get_rng()
+        with self._running(micro_batches, None), torch.no_grad():
+            for micro_batch in micro_batches:
+                micro_batch.grad_enabled = False
+            self._weights.announce(self._visits(self._order), again=again)
+            self._run_up_to_epilogue(micro_batches)
             with self._bound_block("epilogue"):
-                self._finish(micro_batch)
-        self._set_rng(micro_batch.rng)
-        return micro_batch.output
+                for micro_batch in micro_batches:
+                    self._finish(micro_batch)
+                    taken.append(take(micro_batch.index, micro_batch.output))
+                    micro_batch.output = None
+        self._set_rng(micro_batches[-1].rng)
+        return taken
 
     def list_ops(self, arguments: Mapping[str, Any]) -> dict[str, tuple[Op, ...]]:
         """Run one micro-batch up to the epilogue and list what each layer that a backward pass would reach computes.

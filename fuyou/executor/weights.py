@@ -72,14 +72,26 @@ class WeightStream:
         self._prefetch_depth = prefetch_depth
         self._loaded: dict[str, LoadedShard] = {}
         self._visits: deque[str] = deque()
+        self._repeats = False
+        """The visits end with the first ones of a next pass: what is read for those stays until it comes."""
         self._lock = threading.RLock()
         self.optimizer: OffloadedAdamW | None = None
 
-    def announce(self, visits: Iterable[str]) -> None:
-        """The shards that will be acquired next, in order; replaces what was announced before."""
+    def announce(self, visits: Iterable[str], *, again: bool = False) -> None:
+        """The shards that will be acquired next, in order; replaces what was announced before.
+
+        With `again`, the same order will probably follow once more, and no weight changes before that: the end of this
+        pass reads the beginning of the next one ahead, and what the last pass has read ahead so is used.
+        """
         with self._lock:
-            self._drop_prefetched()
-            self._visits = deque(visits)
+            order = list(visits)
+            first = order[: self._prefetch_depth]
+            keep = first if again and self._repeats else ()
+            for shard in list(self._loaded.values()):
+                if shard.prefetched and shard.layout.name not in keep:
+                    self._drop_prefetched(shard.layout.name)
+            self._repeats = again
+            self._visits = deque([*order, *first] if again else order)
             self._prefetch()
 
     def acquire(self, name: str) -> LoadedShard:
@@ -189,6 +201,8 @@ class WeightStream:
             shard = self._loaded.get(name)
             if shard is not None and name in self._resident:
                 self._update_resident(shard)
+            elif shard is not None and self._repeats:
+                shard.prefetched = True  # in use now (a head tied to the embedding) and soon again
             elif shard is None and self._start(name, block=False) is None:
                 return
 

@@ -1,0 +1,292 @@
+"""`model.generate` of transformers on a streamed model: the tokens of a plain one, each weight read once a token."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers.generation.streamers import BaseStreamer
+
+import fuyou
+from fuyou.memory import anonymous_bytes
+from tests.tiny_models import PAD_ID, TINY_MODEL_NAMES, VOCAB_SIZE, tiny_batches, tiny_model, tiny_model_config
+
+NEW_TOKENS = 6
+GREEDY: dict[str, Any] = {"do_sample": False}
+SAMPLED: dict[str, Any] = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 40}
+
+
+def saved(name: str, folder: Path) -> Any:
+    """A plain model without dropout or router losses, and what from_pretrained reads."""
+    model = tiny_model(name, seed=3).eval()
+    if hasattr(model.config, "output_router_logits"):
+        model.config.output_router_logits = False  # transformers' own generate fails with it
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation=tiny_model_config(name)._attn_implementation
+    )
+
+
+def streamed(folder: Path, store: Path, name: str = "llama", host_memory: str = "64MiB", **options: Any) -> Any:
+    offload = fuyou.OffloadConfig(
+        store=store, device="cpu", host_memory=host_memory, compute_dtype="float32", **options
+    )
+    attention = tiny_model_config(name)._attn_implementation
+    return fuyou.from_pretrained(folder, offload=offload, attn_implementation=attention).eval()
+
+
+def prompts(side: str, rows: int = 3, length: int = 12) -> dict[str, torch.Tensor]:
+    """Token ids with their mask, rows of unequal lengths, padded on one side."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCAB_SIZE, (rows, length), generator=generator)
+    lengths = torch.tensor([length, 3, 7, 5][:rows])[:, None]
+    places = torch.arange(length)
+    mask = (places >= length - lengths if side == "left" else places < lengths).long()
+    return {"input_ids": ids.masked_fill(mask == 0, PAD_ID), "attention_mask": mask}
+
+
+def tokens(model: Any, inputs: dict[str, torch.Tensor], seed: int = 4, **options: Any) -> torch.Tensor:
+    torch.manual_seed(seed)
+    generated: torch.Tensor = model.generate(**inputs, max_new_tokens=NEW_TOKENS, **options)
+    return generated
+
+
+@pytest.mark.parametrize("name", TINY_MODEL_NAMES)
+def test_tokens_equal_plain_transformers(name: str, tmp_path: Path) -> None:
+    plain = saved(name, tmp_path / "plain")
+    model = streamed(tmp_path / "plain", tmp_path / "store", name)
+    with model.fuyou:
+        for side in ("left", "right"):
+            for options in (GREEDY, SAMPLED, {"num_beams": 3, **GREEDY}):
+                expected = tokens(plain, prompts(side), **options)
+                assert torch.equal(tokens(model, prompts(side), **options), expected)
+                # The generators are left as plain transformers leaves them.
+                drawn = torch.rand(1)
+                tokens(plain, prompts(side), **options)
+                assert torch.equal(torch.rand(1), drawn)
+
+
+def test_beam_sampling_several_answers_and_a_context_in_parts(tmp_path: Path) -> None:
+    plain = saved("llama", tmp_path / "plain")
+    model = streamed(tmp_path / "plain", tmp_path / "store")
+    with model.fuyou:
+        for options in (
+            {**SAMPLED, "num_return_sequences": 2},
+            {**SAMPLED, "num_beams": 2, "num_return_sequences": 2},
+            {**GREEDY, "prefill_chunk_size": 5},
+            {**GREEDY, "use_cache": False},
+            {**GREEDY, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+        ):
+            assert torch.equal(tokens(model, prompts("left"), **options), tokens(plain, prompts("left"), **options))
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """One letter a token: token 17 is the character 256 + 17, or an ASCII one from 97 on."""
+    from tokenizers import Tokenizer, decoders
+    from tokenizers.models import BPE
+
+    inner = Tokenizer(BPE({letter(i): i for i in range(VOCAB_SIZE)}, [], unk_token=letter(1)))
+    inner.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token=letter(1), eos_token=letter(2))
+
+
+def letter(token: int) -> str:
+    return chr(token) if 97 <= token < 123 else chr(256 + token)
+
+
+class Streamed(BaseStreamer):  # type: ignore[no-untyped-call,misc]
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.ended = False
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_stop_strings_and_streamers(tmp_path: Path) -> None:
+    plain = saved("llama", tmp_path / "plain")
+    model = streamed(tmp_path / "plain", tmp_path / "store")
+    inputs = {name: tensor[:1] for name, tensor in prompts("left").items()}
+    whole = tokens(plain, inputs, **GREEDY)
+    third = int(whole[0, inputs["input_ids"].shape[1] + 2])
+    stop = {"stop_strings": [letter(third)], "tokenizer": letters()}
+    with model.fuyou:
+        expected = tokens(plain, inputs, **GREEDY, **stop)
+        assert expected.shape[1] < whole.shape[1]
+        assert torch.equal(tokens(model, inputs, **GREEDY, **stop), expected)
+        streamer = Streamed()
+        assert torch.equal(tokens(model, inputs, **GREEDY, streamer=streamer), whole)
+        assert streamer.tokens == whole.flatten().tolist()
+        assert streamer.ended
+
+
+# ------------------------------------------------------------------------------------------------- drive traffic
+
+
+def big_config(tied: bool = False) -> LlamaConfig:
+    """Blocks large enough that 64-element padding vanishes: 4 layers of 0.7 MB, 0.5 MB of embedding."""
+    return LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        tie_word_embeddings=tied,
+        max_position_embeddings=64,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+
+
+def opened(store: Path, tied: bool = False, host_memory: str = "2GiB", kept: tuple[int, ...] = ()) -> Any:
+    """With a plan that keeps the weights of the numbered blocks in memory, and no others."""
+    config = big_config(tied)
+    base: dict[str, Any] = {"store": store, "device": "cpu", "compute_dtype": "float32"}
+    plan = fuyou.plan_model(
+        config, offload=fuyou.OffloadConfig(host_memory=host_memory, **base), batch_size=1, sequence_length=8
+    )
+    blocks = tuple(dataclasses.replace(b, weights_in_host=i in kept) for i, b in enumerate(plan.blocks))
+    offload = fuyou.OffloadConfig(plan=dataclasses.replace(plan, blocks=blocks), **base)
+    return fuyou.from_config(config, offload=offload, seed=0).eval()
+
+
+def bytes_read(runtime: Any) -> int:
+    """Including what is being read ahead."""
+    for shard in list(runtime._weights._loaded.values()):
+        shard.transfer.wait()
+    count: int = runtime.bytes_moved[0]
+    return count
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_each_weight_is_read_once_a_token_whatever_the_batch(rows: int, tied: bool, tmp_path: Path) -> None:
+    """By the engine's counter: a tied embedding too, which stays from the head of one token to the next one's start."""
+    model = opened(tmp_path / "store", tied)
+    with model.fuyou as runtime:
+        sizes = [layout.weight_bytes for layout in runtime.layouts.values()]
+        read = []
+        for new_tokens in (3, 9):
+            before = bytes_read(runtime)
+            model.generate(torch.full((rows, 4), 7), max_new_tokens=new_tokens, do_sample=False)
+            read.append(bytes_read(runtime) - before)
+        ahead = sum(sizes[: runtime.plan.prefetch_depth])
+        assert read[0] == 3 * sum(sizes) + ahead
+        # The second call begins with what the first one has read ahead at its end, and leaves as much.
+        assert read[1] == 9 * sum(sizes)
+
+
+def test_weights_kept_in_memory_are_not_read_again(tmp_path: Path) -> None:
+    model = opened(tmp_path / "store", kept=(0, 2, 3))
+    with model.fuyou as runtime:
+        sizes = [layout.weight_bytes for layout in runtime.layouts.values()]
+        model.generate(torch.full((2, 4), 7), max_new_tokens=2, do_sample=False)
+        before = bytes_read(runtime)
+        model.generate(torch.full((2, 4), 7), max_new_tokens=8, do_sample=False)
+        assert bytes_read(runtime) - before == 8 * (sum(sizes) - sizes[0] - sizes[2] - sizes[3])
+
+
+def test_the_next_tokens_first_blocks_are_read_while_this_ones_head_is_computed(tmp_path: Path) -> None:
+    model = opened(tmp_path / "store")
+    with model.fuyou as runtime:
+        first = list(runtime.layouts)[: runtime.plan.prefetch_depth]
+        asked_for: list[bool] = []
+        model.lm_head.register_forward_hook(lambda *_: asked_for.append(runtime._weights._loaded.keys() >= {*first}))
+        model.generate(torch.full((1, 4), 7), max_new_tokens=3, do_sample=False)
+        assert asked_for == [True] * 3
+        asked_for.clear()
+        with torch.no_grad():
+            model(input_ids=torch.full((1, 4), 7), use_cache=False)  # nothing says that another pass will follow
+        assert asked_for == [False]
+
+
+def test_training_goes_on_with_its_own_weights_after_generating(tmp_path: Path) -> None:
+    """Between backward and step, after a step, with late updates: nothing read ahead for a token is taken for new."""
+    saved("llama", tmp_path / "plain")
+    losses = []
+    for generating in (False, True):
+        model = streamed(tmp_path / "plain", tmp_path / f"store-{generating}")
+        with model.fuyou:
+            model.train()
+            optimizer = fuyou.AdamW(model, lr=1e-2, max_grad_norm=0.5)
+            run = []
+            for (batch,) in tiny_batches(model.config, 4, 1):
+                for moment in ("before", "between", "after"):
+                    if moment == "between":
+                        loss = model(**batch).loss
+                        loss.backward()
+                        run.append(float(loss.detach()))
+                    elif moment == "after":
+                        optimizer.step()
+                        optimizer.zero_grad()
+                    if generating:
+                        model.eval()
+                        state = torch.get_rng_state()
+                        tokens(model, prompts("left"), **SAMPLED)
+                        torch.set_rng_state(state)
+                        model.train()
+        losses.append(run)
+    assert losses[0] == losses[1]
+
+
+def test_generating_between_backward_and_step_uses_the_committed_weights(tmp_path: Path) -> None:
+    plain = saved("llama", tmp_path / "plain")
+    model = streamed(tmp_path / "plain", tmp_path / "store")
+    with model.fuyou:
+        optimizer = fuyou.AdamW(model, lr=1e-1, max_grad_norm=1.0)
+        model.train()
+        model(**tiny_batches(model.config, 1, 1)[0][0]).loss.backward()
+        model.eval()
+        before = tokens(model, prompts("left"), **GREEDY)
+        assert torch.equal(before, tokens(plain, prompts("left"), **GREEDY))
+        optimizer.step()
+        after = tokens(model, prompts("left"), **GREEDY)
+        model.save_pretrained(tmp_path / "trained")
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "trained", dtype=torch.float32)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, tokens(trained, prompts("left"), **GREEDY))
+
+
+def test_an_interrupted_generation_leaves_a_usable_model(tmp_path: Path) -> None:
+    plain = saved("llama", tmp_path / "plain")
+    model = streamed(tmp_path / "plain", tmp_path / "store")
+
+    class Stop(BaseStreamer):  # type: ignore[no-untyped-call,misc]
+        num_calls = 0
+
+        def put(self, value: torch.Tensor) -> None:
+            self.num_calls += 1
+            if self.num_calls == 3:
+                raise KeyboardInterrupt
+
+        def end(self) -> None: ...
+
+    inputs = {name: tensor[:1] for name, tensor in prompts("left").items()}
+    with model.fuyou:
+        with pytest.raises(KeyboardInterrupt):
+            tokens(model, inputs, **GREEDY, streamer=Stop())
+        assert torch.equal(tokens(model, inputs, **GREEDY), tokens(plain, inputs, **GREEDY))
+
+
+def test_memory_stays_at_the_plans_while_generating(tmp_path: Path) -> None:
+    """A model of 42 MiB within a budget of 32."""
+    config = LlamaConfig(**big_config().to_dict() | {"hidden_size": 512, "intermediate_size": 1024,
+                                                     "num_hidden_layers": 5})  # fmt: skip
+    offload = fuyou.OffloadConfig(store=tmp_path / "store", device="cpu", compute_dtype="float32", host_memory="512MiB")
+    fuyou.from_config(config, offload=offload, seed=0).fuyou.close()
+    model = fuyou.open_store_model(tmp_path / "store", host_memory="32MiB").eval()
+    with model.fuyou as runtime:
+        assert sum(layout.weight_bytes for layout in runtime.layouts.values()) > 42 * 2**20
+        model.generate(torch.full((2, 4), 7), max_new_tokens=2, do_sample=False)  # torch's own first allocations
+        runtime._meter.take_peak()
+        before = anonymous_bytes()
+        model.generate(torch.full((2, 4), 7), max_new_tokens=12, do_sample=False)
+        assert runtime._meter.take_peak() <= 32 * 2**20
+        assert anonymous_bytes() - before < 4 * 2**20
