@@ -103,6 +103,7 @@ def _plan(options: argparse.Namespace) -> int:
         sequence_length=recipe.data.max_length,
         max_grad_norm=recipe.max_grad_norm,
         hardware=hardware,
+        trainable=recipe.trainable,
     )
     if options.json:
         _print_json(plan.to_json())

@@ -28,6 +28,7 @@ from fuyou.building import (
 from fuyou.checkpointing import checkpoint_json
 from fuyou.config import OffloadConfig
 from fuyou.errors import ConfigError, FuyouError, ModelError
+from fuyou.freezing import freeze
 from fuyou.hardware import HardwareProfile, cached_hardware
 from fuyou.html import StoreContents
 from fuyou.memory import return_freed_memory
@@ -68,8 +69,8 @@ def from_pretrained(
     The object is an instance of its transformers class; `model.fuyou` holds the rest. A new store is filled from the
     checkpoint's safetensors, one block in memory at a time; a store that holds this model already is continued at its
     committed step, as `offload.resume` says. `seed` chooses dropout's random numbers (None: 0, or the store's).
-    `trainable` lists patterns (`re.fullmatch`) of parameters to train; None: all. Blocks until the weights are on the
-    drive.
+    `trainable` lists patterns (regular expressions of whole names) of parameters to train, or of modules to train all of;
+    None: everything. Blocks until the weights are on the drive.
 
     Raises ConfigError, PlanError (budget too small), ModelError (checkpoint unusable), StoreError, OSError; nothing
     that was in the store is lost then.
@@ -206,8 +207,12 @@ def plan_model(
     sequence_length: int,
     max_grad_norm: float | None = None,
     hardware: HardwareProfile | None = None,
+    trainable: Sequence[str] | None = None,
 ) -> Plan:
-    """The plan of a training run without loading a weight; PlanError if it does not fit."""
+    """The plan of a training run without loading a weight; PlanError if it does not fit.
+
+    `trainable` as in `from_pretrained`.
+    """
     config = name_or_path_or_config
     if isinstance(config, str | os.PathLike):
         from transformers import AutoConfig
@@ -217,12 +222,14 @@ def plan_model(
     with model_of(config, DTYPES[offload.compute_dtype], make=shape_model) as model:
         blocks = find_blocks(model, offload.blocks)
         layouts = shard_layouts(blocks, model, offload.compute_dtype, offload.moment_dtype)
+        freeze(model, trainable)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
     hidden = config.get_text_config().hidden_size
     itemsize = DTYPES[offload.compute_dtype].itemsize
     return plan_for(
         blocks,
         layouts,
-        lambda _name: True,
+        trained.__contains__,
         offload,
         device=device,
         clipping=max_grad_norm is not None,
@@ -328,7 +335,7 @@ def _open(
         blocks = find_blocks(model, offload.blocks)
     layouts = shard_layouts(blocks, model, offload.compute_dtype, offload.moment_dtype)
     replace_by_placeholders(model, dtype, torch.device(device))
-    _freeze(model, trainable)
+    freeze(model, trainable)
     model.train()
     # Refused before anything is made on the drive; clipping is not known yet, and needs no more memory.
     plan = plan_for(
@@ -442,20 +449,6 @@ def _rates(directories: Sequence[Path], engine: Engine) -> list[float] | None:
     if len(directories) == 1:
         return None
     return [probe_directory(directory, engine=engine).mixed_bytes_per_second for directory in directories]
-
-
-def _freeze(model: nn.Module, patterns: Sequence[str] | None) -> None:
-    import re
-
-    if patterns is None:
-        return
-    matched = 0
-    for name, parameter in model.named_parameters():
-        wanted = any(re.fullmatch(pattern, name) for pattern in patterns)
-        parameter.requires_grad_(wanted and parameter.is_floating_point())
-        matched += wanted
-    if patterns and not matched:
-        raise ConfigError(f"trainable={list(patterns)!r}: no parameter of this model matches")
 
 
 def _check_resume(offload: OffloadConfig, found: StoreSnapshot | None, directory: Path) -> None:

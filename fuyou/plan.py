@@ -46,6 +46,8 @@ class BlockPlan:
     """Of a layer's input, which is kept whatever else is computed again."""
     activation_bytes_per_token: int = 0
     """What activations="host" lets wait; 0: not known."""
+    in_backward: bool = True
+    """Whether the backward pass comes to it; it ends at the lowest block in which something is trained."""
 
     def __post_init__(self) -> None:
         if isinstance(self.activations, Mapping):
@@ -72,7 +74,7 @@ class BlockPlan:
         # Forward and backward pass, and once for each borrower. The epilogue's backward pass follows its forward pass
         # at once; only an update in the backward window needs its weights again.
         once = self.kind == "epilogue" and (self.update_window == "forward" or not self.trainable)
-        return (1 if once else 2) + self.num_borrowers
+        return (1 if once or not self.in_backward else 2) + self.num_borrowers
 
 
 def _op_number(text: Any) -> int:

@@ -48,6 +48,8 @@ class ShardSize:
     """Elements of a token between layers; this and the rest as in `BlockPlan`."""
     input_bytes_per_token: int = 0
     activation_bytes_per_token: int = 0
+    in_backward: bool = True
+    """As in BlockPlan."""
 
 
 def pooled_bytes(num_bytes: int) -> int:
@@ -208,6 +210,7 @@ def make_plan(
             width=s.width,
             input_bytes_per_token=s.input_bytes_per_token,
             activation_bytes_per_token=s.activation_bytes_per_token,
+            in_backward=s.in_backward,
         )
         for s in shards
     ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,9 +61,18 @@ def layer_widths(layout: ShardLayout) -> tuple[int, int]:
 
 
 def shard_sizes(
-    blocks: ModelBlocks, layouts: Mapping[str, ShardLayout], trainable: Callable[[str], bool]
+    blocks: ModelBlocks,
+    layouts: Mapping[str, ShardLayout],
+    trainable: Callable[[str], bool],
+    adapted: Collection[str] = (),
 ) -> list[ShardSize]:
-    """What the planner knows of the blocks that own parameters, in the order of the forward pass."""
+    """What the planner knows of the blocks that own parameters, in the order of the forward pass.
+
+    Those named in `adapted` have something trained in them that is not streamed.
+    """
+    trained = [block.name in adapted or any(map(trainable, block.parameters)) for block in blocks.blocks]
+    lowest = trained.index(True) if any(trained) else len(trained)
+    reached = {block.name for number, block in enumerate(blocks.blocks) if number >= lowest or block.kind == "epilogue"}
     widths = {
         b.name: layer_widths(layouts[b.name]) if b.kind == "layer" else (0, 0)
         for b in blocks.blocks
@@ -85,6 +94,7 @@ def shard_sizes(
             width=widths[block.name][0],
             input_bytes_per_token=widths[block.name][0] * layouts[block.name].weight_itemsize,
             activation_bytes_per_token=widths[block.name][1] * layouts[block.name].weight_itemsize,
+            in_backward=block.name in reached,
         )
         for block in _with_borrowers(blocks, layouts)
     ]
@@ -173,10 +183,11 @@ def plan_for(
     num_tokens: int | None = None,
     adapter_bytes: int = 0,
     sequence_length: int = 0,
+    adapted: Collection[str] = (),
 ) -> Plan:
     """The plan of a model on this machine; the config's own plan, if it has one. Raises as `make_plan`.
 
-    `adapter_bytes` of the host memory are taken already.
+    `adapter_bytes` of the host memory are taken already, by what is trained in the blocks `adapted`.
     """
     if config.plan is not None:
         plan = config.plan if isinstance(config.plan, Plan) else Plan.from_json(config.plan)
@@ -193,7 +204,7 @@ def plan_for(
         reason += f", less {format_bytes(adapter_bytes)} for adapters"
     make = functools.partial(
         make_plan,
-        shard_sizes(blocks, layouts, trainable),
+        shard_sizes(blocks, layouts, trainable, adapted),
         device=device,
         compute_dtype=config.compute_dtype,
         moment_dtype=config.moment_dtype,

@@ -233,6 +233,9 @@ class Recipe(_Section):
     model: ModelSection
     data: DataSection
     offload: OffloadSection
+    trainable: Annotated[list[Text], pydantic.Field(min_length=1)] | None = None
+    """Patterns (regular expressions of whole names) of parameters to train, or of modules to train all of. Left out:
+    everything. What is frozen has no optimizer states, and the backward pass ends at the lowest block that is trained."""
     optimizer: OptimizerSection = OptimizerSection()
     training: TrainingSection
     output: OutputSection

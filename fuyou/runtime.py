@@ -101,6 +101,8 @@ class Runtime:
         self._added: dict[str, nn.Parameter] = {}
         """Parameters that were put into the model after it was made, as far as they have been seen."""
         self._adapter_bytes = 0
+        self._adapted: frozenset[str] = frozenset()
+        """Blocks in which adapters are trained."""
         self._hardware = cached_hardware(config.store_directories, device, config.compute_dtype)
         self.plan = self._make_plan(clipping=False)
         self._device: Device = make_device(device, trace)
@@ -263,6 +265,7 @@ class Runtime:
         self._adapter_bytes = (
             pool_bytes(adapter_shards) + gradient_pool_bytes(adapter_shards) + record_pool_bytes(adapter_shards)
         )
+        self._adapted = frozenset(adapters)
         plan = self._make_plan(clipping=max_grad_norm is not None)
         trained = [b.name for b in plan.blocks if b.trainable]
         if not trained and not adapters:
@@ -351,6 +354,7 @@ class Runtime:
             micro_batch_size=self._micro_batch_size,
             hardware=self._hardware,
             adapter_bytes=self._adapter_bytes,
+            adapted=self._adapted,
         )
 
     def _see_added_parameters(self) -> None:

@@ -227,7 +227,7 @@ class _StepBuilder:
                 self._save_activations(block)
             if block.kind == "epilogue":  # its backward pass follows at once
                 self._compute(block, f"{block.name} backward", BACKWARD_FLOPS, weights)
-        for block in reversed(self._blocks):
+        for block in reversed([block for block in self._blocks if block.in_backward]):
             is_epilogue = block.kind == "epilogue"
             reads = not is_epilogue or (block.trainable and block.update_window == "backward")
             weights = self._read_weights(block) if reads else self._computes[-1]

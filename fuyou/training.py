@@ -83,6 +83,7 @@ def open_model(recipe: Recipe, *, resume: str | int | None = None) -> Any:
         "offload": offload,
         "seed": recipe.training.seed,
         "attn_implementation": recipe.model.attn_implementation,
+        "trainable": recipe.trainable,
     }
     if recipe.model.config is not None:
         return fuyou.from_config(model_config(recipe), **options)

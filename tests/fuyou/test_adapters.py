@@ -195,6 +195,8 @@ def test_streamed_with_room_for_one_block(make: Callable[..., Pair]) -> None:
     layers = sum(block.weight_bytes for block in blocks if block.kind == "layer")
     others = sum(block.weight_bytes for block in blocks if block.kind != "layer")
     assert pair.model.fuyou.step_metrics()["bytes_read"] == 2 * layers + others
+    planned = sum(b.num_weight_reads() * b.weight_bytes for b in pair.model.fuyou.plan.blocks)
+    assert planned == 2 * layers + others
 
 
 def test_trained_beside_weights_of_the_base(make: Callable[..., Pair]) -> None:
