@@ -126,9 +126,7 @@ def _simulate(options: argparse.Namespace) -> int:
         num_bytes = parse_bytes(options.host_memory, "--host-memory")
         hardware = dataclasses.replace(hardware, host_memory_bytes=num_bytes)
     shards = shards_of(load_model_config(options.model))
-    run = simulate_scheme(
-        options.scheme, shards, hardware, batch_size=options.batch, sequence_length=options.sequence
-    )
+    run = simulate_scheme(options.scheme, shards, hardware, batch_size=options.batch, sequence_length=options.sequence)
     if options.json:
         _print_json(run.to_json())
     else:
@@ -285,7 +283,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fuyou.schemes import FORMULA, SCHEMES
+    from fuyou.costs import SCHEMES, TFLOPS_FORMULA
     from fuyou.shipped import hardware_names, model_names
 
     machines = ", ".join(hardware_names())
@@ -308,11 +306,13 @@ def _parser() -> argparse.ArgumentParser:
     plan = add("plan", _plan, "the plan of a recipe: memory, predicted seconds per lane, drive traffic")
     _add_recipe(plan)
     plan.add_argument(
-        "--hardware", metavar="FILE_OR_NAME", help="plan for the machine of this JSON profile, or a shipped one: " + machines
+        "--hardware",
+        metavar="FILE_OR_NAME",
+        help="plan for the machine of this JSON profile, or a shipped one: " + machines,
     )
 
     simulate = add("simulate", _simulate, "a step of any shape on any machine, under published schedules or ours")
-    simulate.description = f"A step of any shape on any machine, each lane at its full rate. {FORMULA}."
+    simulate.description = f"A step of any shape on any machine, each lane at its full rate. {TFLOPS_FORMULA}."
     simulate.add_argument(
         "--model", required=True, metavar="FILE_OR_NAME", help="config.json, its folder, or " + ", ".join(model_names())
     )

@@ -275,9 +275,7 @@ def make_plan(
         overhead_bytes=overhead,
         blocks=tuple(blocks),
         reasons=reasons,
-        prediction=None
-        if hardware is None
-        else predict(blocks, hardware, num_tokens, sequence_length=sequence_length),
+        prediction=None if hardware is None else predict(blocks, hardware, num_tokens, sequence_length=sequence_length),
     )
 
 

@@ -63,7 +63,11 @@ def shard_sizes(
     blocks: ModelBlocks, layouts: Mapping[str, ShardLayout], trainable: Callable[[str], bool]
 ) -> list[ShardSize]:
     """What the planner knows of the blocks that own parameters, in the order of the forward pass."""
-    widths = {b.name: layer_widths(layouts[b.name]) if b.kind == "layer" else (0, 0) for b in blocks.blocks if b.name in layouts}
+    widths = {
+        b.name: layer_widths(layouts[b.name]) if b.kind == "layer" else (0, 0)
+        for b in blocks.blocks
+        if b.name in layouts
+    }
     return [
         ShardSize(
             name=block.name,
