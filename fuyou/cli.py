@@ -284,7 +284,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from fuyou.schemes import FORMULA, SCHEMES
+    from fuyou.costs import SCHEMES, TFLOPS_FORMULA
     from fuyou.shipped import hardware_names, model_names
 
     machines = ", ".join(hardware_names())
@@ -313,7 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     simulate = add("simulate", _simulate, "a step of any shape on any machine, under published schedules or ours")
-    simulate.description = f"A step of any shape on any machine, each lane at its full rate. {FORMULA}."
+    simulate.description = f"A step of any shape on any machine, each lane at its full rate. {TFLOPS_FORMULA}."
     simulate.add_argument(
         "--model", required=True, metavar="FILE_OR_NAME", help="config.json, its folder, or " + ", ".join(model_names())
     )

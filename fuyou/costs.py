@@ -21,3 +21,16 @@ FORWARD_FLOPS, BACKWARD_FLOPS, RECOMPUTE_FLOPS = 2.0, 4.0, 2.0
 def num_update_workers(device: str, num_cores: int) -> int:
     """Threads for Adam: on a CPU the blocks need cores too, beside a GPU two are left for everything else."""
     return max(1, num_cores // 2 if device == "cpu" else num_cores - 2)
+
+
+SCHEMES = {
+    "paper": "30 B a parameter and step, updates in the backward pass, activations swapped (Fuyou, arXiv 2403.06504)",
+    "zero-infinity": "38 B, updates after the backward pass, everything computed again (ZeRO-Infinity)",
+    "fuyou": "26 B or less by our own plan for this machine, with exact clipping",
+}
+"""What `fuyou simulate` plays, by name."""
+TFLOPS_FORMULA = (
+    "tflops = 3 x 2 x (parameters that are multiplied + layers x sequence x width) x tokens / seconds / 1e12: the "
+    "input embedding multiplies nothing, a tied head counts, attention is masked by half, what is computed again is not "
+    "counted. tokens = batch x sequence"
+)

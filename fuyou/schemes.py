@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from fuyou.costs import SCHEMES, TFLOPS_FORMULA
 from fuyou.errors import ConfigError
 from fuyou.hardware import HardwareProfile
 from fuyou.plan import BlockPlan
@@ -18,16 +19,6 @@ from fuyou.simulator import SimulatedStep, multiplied_parameters, simulate_step
 
 HOST_MEMORY_SHARE = 0.8
 """Part of a machine's host memory that a run may take."""
-SCHEMES = {
-    "paper": "30 B a parameter and step, updates in the backward pass, activations swapped (Fuyou, arXiv 2403.06504)",
-    "zero-infinity": "38 B, updates after the backward pass, everything computed again (ZeRO-Infinity)",
-    "fuyou": "26 B or less by our own plan for this machine, with exact clipping",
-}
-FORMULA = (
-    "tflops = 3 x 2 x (parameters that are multiplied + layers x sequence x width) x tokens / seconds / 1e12: the "
-    "input embedding multiplies nothing, a tied head counts, attention is masked by half, what is computed again is not "
-    "counted. tokens = batch x sequence"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +44,7 @@ class SimulatedRun:
         )
         return (
             f"{self.scheme}: {self.seconds_per_step:.2f} s a step, {self.tokens_per_second:,.0f} tokens/s, "
-            f"{self.tflops:.1f} TFLOPS; activations of {self.num_layers_swapped} layers swapped\n{lanes}\n{FORMULA}"
+            f"{self.tflops:.1f} TFLOPS; activations of {self.num_layers_swapped} layers swapped\n{lanes}\n{TFLOPS_FORMULA}"
         )
 
     def to_json(self) -> dict[str, Any]:

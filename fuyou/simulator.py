@@ -18,8 +18,9 @@ from fuyou.plan import BlockPlan
 
 RECORD_PARAMETERS = 2 * 2**20
 """Of one record of states, as in `optim.layout`."""
-MOST_PIECES = 8
-"""Into which a block's update is cut at most, so that large blocks cost no more time here than small ones."""
+MOST_PIECES, MOST_PIECES_OF_STEP = 8, 256
+"""Into which a block's update is cut at most, and those of all blocks together (2 each at the least), so that large models
+cost little more time here than small ones; one block's share of their step is small."""
 KEPT = ("keep", "host", "ssd")
 """Policies for the activations of a whole layer under which its matrix products are not computed again."""
 RECORD_BUFFERS = 6
@@ -31,7 +32,7 @@ Speeds = Callable[[frozenset[str]], Mapping[str, float]]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Task:
-    """Work of `seconds` on one lane at full speed, once all tasks `after` (numbers in their list) have ended."""
+    """Work of `seconds` on one lane at full speed, once all tasks `after` (numbers in their list, each once) have ended."""
 
     lane: str
     name: str
@@ -73,36 +74,39 @@ class SimulatedStep:
 
 def play(tasks: Sequence[Task], speeds: Speeds) -> list[SimulatedSpan]:
     """Play tasks, listed behind those they wait for; returns a span for each, in the order of the list."""
-    waiting = [len(set(task.after)) for task in tasks]
+    names = list(dict.fromkeys(task.lane for task in tasks))
+    lanes = [names.index(task.lane) for task in tasks]
+    waiting = [len(task.after) for task in tasks]
     followers: list[list[int]] = [[] for _ in tasks]
     for number, task in enumerate(tasks):
-        for before in set(task.after):
+        for before in task.after:
             followers[before].append(number)
-    ready: dict[str, list[int]] = {task.lane: [] for task in tasks}
-    running: dict[str, tuple[int, float]] = {}  # lane -> task, work left in seconds at full speed
+    ready: list[list[int]] = [[] for _ in names]
+    running: dict[int, int] = {}  # lane -> task
+    left = [task.seconds for task in tasks]  # at full speed
     started, ended = [0.0] * len(tasks), [0.0] * len(tasks)
+    known_speeds: dict[tuple[int, ...], list[float]] = {}
     now, num_left = 0.0, len(tasks)
-
-    def begin(number: int) -> None:
-        heapq.heappush(ready[tasks[number].lane], number)
-
     for number, count in enumerate(waiting):
         if count == 0:
-            begin(number)
+            heapq.heappush(ready[lanes[number]], number)
     while num_left:
-        for lane, queue in ready.items():
+        for lane, queue in enumerate(ready):
             if queue and lane not in running:
-                number = heapq.heappop(queue)
-                started[number] = now
-                running[lane] = (number, tasks[number].seconds)
+                running[lane] = heapq.heappop(queue)
+                started[running[lane]] = now
         assert running  # a task waits for one behind it in the list
-        speed = speeds(frozenset(running))
-        passed = min(left / speed[lane] for lane, (_, left) in running.items())
+        busy = tuple(sorted(running))
+        speed = known_speeds.get(busy)
+        if speed is None:
+            shares = speeds(frozenset(names[lane] for lane in busy))
+            speed = known_speeds[busy] = [shares.get(name, 1.0) for name in names]
+        passed = min([left[number] / speed[lane] for lane, number in running.items()])
         now += passed
-        for lane, (number, left) in list(running.items()):
-            left -= passed * speed[lane]
-            if left > 1e-12 * max(1.0, tasks[number].seconds):
-                running[lane] = (number, left)
+        for lane in busy:
+            number = running[lane]
+            left[number] -= passed * speed[lane]
+            if left[number] > 1e-12 * max(1.0, tasks[number].seconds):
                 continue
             del running[lane]
             ended[number] = now
@@ -110,7 +114,7 @@ def play(tasks: Sequence[Task], speeds: Speeds) -> list[SimulatedSpan]:
             for follower in followers[number]:
                 waiting[follower] -= 1
                 if waiting[follower] == 0:
-                    begin(follower)
+                    heapq.heappush(ready[lanes[follower]], follower)
     return [SimulatedSpan(t.lane, t.name, started[n], ended[n]) for n, t in enumerate(tasks)]
 
 
@@ -315,7 +319,8 @@ class _StepBuilder:
         read_bytes = 0 if block.states_in_host else block.state_bytes
         if block.gradient == "spill" and block.update_window == "forward":
             read_bytes += block.gradient_bytes
-        pieces = min(MOST_PIECES, -(-block.num_parameters // RECORD_PARAMETERS))
+        most = min(MOST_PIECES, max(2, MOST_PIECES_OF_STEP // len(self._blocks)))
+        pieces = min(most, -(-block.num_parameters // RECORD_PARAMETERS))
         read_seconds = read_bytes / pieces / hardware.read_bytes_per_second
         adam_seconds = block.num_parameters / pieces / hardware.adam_parameters_per_second
         written_bytes = (block.weight_bytes + block.state_bytes) / self._commit_every_steps

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fuyou.errors import ConfigError
-from fuyou.hardware import HardwareProfile
-from fuyou.recipe_text import read_json
+
+if TYPE_CHECKING:
+    from fuyou.hardware import HardwareProfile
 
 
 def _shipped(name: str) -> dict[str, dict[str, Any]]:
@@ -29,6 +30,10 @@ def model_names() -> tuple[str, ...]:
 
 def load_hardware(file_or_name: str) -> HardwareProfile:
     """The shipped profile of this name, or that of a JSON file; ConfigError names what there is."""
+    # Here, so that the names alone (of `fuyou --help`) cost no import of torch.
+    from fuyou.hardware import HardwareProfile
+    from fuyou.recipe_text import read_json
+
     shipped = _shipped("hardware")
     if file_or_name in shipped:
         return HardwareProfile.from_json(shipped[file_or_name])
@@ -43,6 +48,8 @@ def load_model_config(file_or_name: str) -> Any:
     Nothing is downloaded. ConfigError for what is none of these, or no config that transformers knows.
     """
     from transformers import AutoConfig
+
+    from fuyou.recipe_text import read_json
 
     shipped = _shipped("models")
     if file_or_name in shipped:
