@@ -38,7 +38,7 @@ from fuyou.memory import MemoryMeter
 from fuyou.plan import Plan
 from fuyou.planner import least_memory, pooled_bytes, predict
 from fuyou.planning import plan_for, shard_sizes
-from fuyou.simulator import simulate_step
+from fuyou.simulator import SimulatedStep, simulate_step
 from fuyou.streamed_adamw import StreamedAdamW
 from fuyou.trace import Trace, TracingEngine
 from fuyou.trace_files import save_traces
@@ -792,23 +792,22 @@ class Runtime:
             self.plan.blocks, self._hardware, self._step_tokens, commit_every_steps=self.plan.commit_every_steps
         ).seconds
 
+    def predicted_step(self) -> SimulatedStep | None:
+        """What the plan expects of a step with as many tokens as the last one; None where nothing is measured or taken."""
+        if self._hardware is None or not self._metrics:
+            return None
+        return simulate_step(
+            self.plan.blocks,
+            self._hardware,
+            num_tokens=self._metrics["num_tokens"],
+            commit_every_steps=self.plan.commit_every_steps,
+        )
+
     def _save_traces(self) -> None:
         """Leave the last steps' lanes beside the store, for `fuyou trace`; never a reason to fail."""
-        if not self.trace.steps:
-            return
-        tokens = self._metrics.get("num_tokens", 0)
-        predicted = (
-            None
-            if self._hardware is None
-            else simulate_step(
-                self.plan.blocks,
-                self._hardware,
-                num_tokens=tokens,
-                commit_every_steps=self.plan.commit_every_steps,
-            )
-        )
-        with contextlib.suppress(OSError):
-            save_traces(self.config.store_directories[0], self.trace.steps, predicted)
+        if self.trace.steps:
+            with contextlib.suppress(OSError):
+                save_traces(self.config.store_directories[0], self.trace.steps, self.predicted_step())
 
     @contextlib.contextmanager
     def _block_on_host(self, name: str) -> Iterator[dict[str, torch.Tensor]]:

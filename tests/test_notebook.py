@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last, on a tiny random model instead of SmolLM2."""
+"""The notebooks run from their first cell to their last, on tiny random models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[1]
-NOTEBOOK = ROOT / "recipes" / "notebooks" / "finetune_smollm2.ipynb"
+NOTEBOOKS = ROOT / "recipes" / "notebooks"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -48,8 +48,21 @@ def make_tiny_model(folder: Path) -> None:
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
-def read_notebook() -> Any:
-    return nbformat.read(NOTEBOOK, as_version=4)
+def read_notebook(name: str, parameters: str) -> Any:
+    """A notebook with other values for what its cell of parameters sets."""
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", as_version=4)
+    next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])).source += f"\n{parameters}"
+    return notebook
+
+
+def execute(notebook: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cell, by a kernel of its own, whose current folder is this one; CellExecutionError at the first error."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "caches"))
+    NotebookClient(
+        notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(folder)}}
+    ).execute()
 
 
 def outputs_as_text(notebook: Any) -> str:
@@ -58,18 +71,22 @@ def outputs_as_text(notebook: Any) -> str:
     )
 
 
+def outputs_as_html(notebook: Any) -> list[str]:
+    outputs = (output for cell in notebook.cells for output in cell.get("outputs", []))
+    return [output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+
+
 @pytest.mark.timeout(240)
 def test_notebook_trains_a_tiny_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_tiny_model(tmp_path / "tiny")
-    notebook = read_notebook()
-    parameters = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    parameters.source += f"""
+    parameters = f"""
 MODEL = {str(tmp_path / "tiny")!r}
 WORK = Path({str(tmp_path / "work")!r})
 HOST_MEMORY = "128MiB"
 NUM_STEPS = {NUM_STEPS}
 LEARNING_RATE = 1e-2
 """
+    notebook = read_notebook("finetune_smollm2", parameters)
     notebook.cells.insert(
         -1,
         nbformat.v4.new_code_cell(
@@ -79,11 +96,7 @@ LEARNING_RATE = 1e-2
             "(WORK / 'figures.json').write_text(json.dumps(figures))"
         ),
     )
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    NotebookClient(
-        notebook, timeout=200, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
-    ).execute()
+    execute(notebook, tmp_path, monkeypatch)
 
     figures = json.loads((tmp_path / "work" / "figures.json").read_text())
     # Every one of 257 tokens is about as likely for random weights.
@@ -102,7 +115,31 @@ LEARNING_RATE = 1e-2
     assert all(moved.values()), f"not trained: {[name for name, changed in moved.items() if not changed]}"
 
 
-def test_notebook_is_committed_without_outputs() -> None:
-    notebook = read_notebook()
+@pytest.mark.timeout(240)
+def test_a_step_can_be_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = f"""
+WORK = Path({str(tmp_path / "work")!r})
+SIZES = {{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "vocab_size": 128}}
+HOST_MEMORY = "32MiB"
+NUM_TOKENS = 32
+"""
+    notebook = read_notebook("inside_a_step", parameters)
+    execute(notebook, tmp_path, monkeypatch)
+    shown = outputs_as_html(notebook)
+    assert [shown[0].count(lane) > 0 for lane in (">gpu<", ">ssd_write<", ">cpu<")] == [True] * 3
+    assert "<b>step 4</b>" in shown[0]
+    assert "<b>predicted</b>" in shown[1]
+    assert "model.layers.3" in shown[2]
+    text = outputs_as_text(notebook)
+    losses = [float(line.split()[1]) for line in text.splitlines() if line.startswith("loss ")]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    assert "aten.mm.default" in text
+    assert "all data is as it was written" in str(notebook.cells[-1].outputs)
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_committed_without_outputs(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert [cell.id for cell in notebook.cells if cell.get("outputs") or cell.get("execution_count")] == []
