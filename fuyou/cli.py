@@ -80,9 +80,11 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    import fuyou
+    from fuyou.config import parse_bytes
     from fuyou.hardware import cached_hardware, measure_hardware
-    from fuyou.planning import choose_device
+    from fuyou.opening import inputs_of_run
+    from fuyou.plan_report import nearest_settings, report_plan
+    from fuyou.planning import choose_device, plan_for
     from fuyou.recipe import load_recipe
     from fuyou.shipped import load_hardware
     from fuyou.training import model_config
@@ -90,13 +92,18 @@ def _plan(options: argparse.Namespace) -> int:
     recipe = load_recipe(options.recipe, options.set)
     offload = recipe.offload_config()
     config = model_config(recipe)
+    endurance = None if options.endurance is None else parse_bytes(options.endurance, "--endurance")
     if options.hardware is not None:
         hardware = load_hardware(options.hardware)
+        if options.drives is not None:
+            hardware = hardware.with_drives(options.drives)
+    elif options.drives is not None:
+        raise ConfigError("--drives belongs to --hardware: this machine's drives are those of offload.store")
     else:
         drives, device = offload.store_directories, choose_device(offload)
         known = cached_hardware(drives, device, offload.compute_dtype)
         hardware = known or measure_hardware(drives, device, offload.compute_dtype)
-    plan = fuyou.plan_model(
+    inputs = inputs_of_run(
         config,
         offload=offload,
         batch_size=recipe.rows_per_step,
@@ -104,11 +111,18 @@ def _plan(options: argparse.Namespace) -> int:
         max_grad_norm=recipe.max_grad_norm,
         hardware=hardware,
         trainable=recipe.trainable,
+        elsewhere=options.hardware is not None,
     )
+    try:
+        plan = plan_for(inputs, offload)
+    except PlanError as error:
+        nearest = [] if offload.plan is not None else nearest_settings(inputs)
+        raise PlanError(f"{error}. Nearest settings that fit: {'; or '.join(nearest) or 'none found'}") from None
+    report = report_plan(inputs, plan, num_steps=recipe.training.max_steps, endurance_bytes=endurance)
     if options.json:
-        _print_json(plan.to_json())
+        _print_json(report.plan.to_json() | {"report": report.to_json()})
     else:
-        print(plan.describe())
+        print(report.describe(explain=options.explain))
     return EXIT_DONE
 
 
@@ -310,6 +324,15 @@ def _parser() -> argparse.ArgumentParser:
         "--hardware",
         metavar="FILE_OR_NAME",
         help="plan for the machine of this JSON profile, or a shipped one: " + machines,
+    )
+    plan.add_argument("--drives", type=_positive, metavar="N", help="of the profile's kind (with --hardware)")
+    plan.add_argument(
+        "--explain", action="store_true", help="the reason of every decision, and what becomes of each block"
+    )
+    plan.add_argument(
+        "--endurance",
+        metavar="SIZE",
+        help='writes that one drive is rated for ("1200TB"): says how long the drives live',
     )
 
     simulate = add("simulate", _simulate, "a step of any shape on any machine, under published schedules or ours")

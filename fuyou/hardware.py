@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import psutil
 
+from fuyou.config import format_bytes
 from fuyou.costs import num_update_workers
 from fuyou.errors import ConfigError
+from fuyou.html import table
 from io_engine import probe_directory
 from optim.kernels import AdamWScalars, adamw_split
 
@@ -59,6 +61,24 @@ class HardwareProfile:
             write_bytes_per_second=self.write_bytes_per_second * share,
             mixed_bytes_per_second=self.mixed_bytes_per_second * share,
         )
+
+    def _repr_html_(self) -> str:
+        """A table with units and sources, for notebooks."""
+        rows = []
+        for name, value in self.to_json().items():
+            if name in ("sources", "io_reason") or value is None:
+                continue
+            if name.endswith("_bytes_per_second"):
+                text = f"{value / 1e9:.3g} GB/s"
+            elif name.endswith("_bytes"):
+                text = format_bytes(value)
+            elif name.endswith("_per_second"):
+                text = f"{value:.3g}/s"
+            else:
+                text = str(value)
+            source = self.sources.get(name)
+            rows.append((name, f"{text} ({source})" if source else text))
+        return table([f"hardware of {self.device}", self.io_reason], rows)
 
     def to_json(self) -> dict[str, Any]:
         """The profile as JSON."""
@@ -113,6 +133,7 @@ def measure_hardware(directories: Directories, device: str, compute_dtype: str =
         host_memory_bytes=available_host_bytes(),
         io_reason="; ".join(dict.fromkeys(drive.reason for drive in drives)),
         link_bytes_per_second=0.0 if device == "cpu" else _measure_link(device),
+        gpu_memory_bytes=None if device == "cpu" else _free_gpu_bytes(device),
         num_drives=len(paths),
     )
     cache = _cache_file(paths, device, compute_dtype)
@@ -166,6 +187,12 @@ def _measure_compute(device: str, compute_dtype: str) -> float:
         (a @ b).sum().item()
         best = min(best, time.perf_counter() - started)
     return 2.0 * a.shape[0] * n * n / best
+
+
+def _free_gpu_bytes(device: str) -> int:
+    import torch
+
+    return int(torch.cuda.mem_get_info(torch.device(device))[0])
 
 
 def _measure_link(device: str) -> float:

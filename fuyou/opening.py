@@ -33,8 +33,8 @@ from fuyou.hardware import HardwareProfile, cached_hardware
 from fuyou.html import StoreContents
 from fuyou.memory import return_freed_memory
 from fuyou.plan import Plan
-from fuyou.planner import ShardSize
-from fuyou.planning import choose_device, plan_for, shard_layouts, shard_sizes
+from fuyou.planner import PlanInputs, ShardSize
+from fuyou.planning import choose_device, plan_for, plan_inputs, shard_layouts, shard_sizes
 from fuyou.runtime import Runtime
 from fuyou.trace import Trace
 from io_engine import (
@@ -211,8 +211,32 @@ def plan_model(
 ) -> Plan:
     """The plan of a training run without loading a weight; PlanError if it does not fit.
 
-    `trainable` as in `from_pretrained`.
+    With `hardware` for the machine of that profile, else for this one. `trainable` as in `from_pretrained`.
     """
+    inputs = inputs_of_run(
+        name_or_path_or_config,
+        offload=offload,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        max_grad_norm=max_grad_norm,
+        hardware=hardware,
+        trainable=trainable,
+    )
+    return plan_for(inputs, offload)
+
+
+def inputs_of_run(
+    name_or_path_or_config: Any,
+    *,
+    offload: OffloadConfig,
+    batch_size: int,
+    sequence_length: int,
+    max_grad_norm: float | None = None,
+    hardware: HardwareProfile | None = None,
+    trainable: Sequence[str] | None = None,
+    elsewhere: bool = True,
+) -> PlanInputs:
+    """What `plan_model` decides by; `elsewhere`: `hardware` says how much memory there is, too."""
     config = name_or_path_or_config
     if isinstance(config, str | os.PathLike):
         from transformers import AutoConfig
@@ -226,17 +250,14 @@ def plan_model(
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
     hidden = config.get_text_config().hidden_size
     itemsize = DTYPES[offload.compute_dtype].itemsize
-    return plan_for(
-        blocks,
-        layouts,
-        trained.__contains__,
+    return plan_inputs(
+        shard_sizes(blocks, layouts, trained.__contains__),
         offload,
         device=device,
         clipping=max_grad_norm is not None,
         micro_batch_size=offload.micro_batch_size,
-        hardware=hardware
-        if hardware is not None
-        else cached_hardware(offload.store_directories, device, offload.compute_dtype),
+        hardware=hardware or cached_hardware(offload.store_directories, device, offload.compute_dtype),
+        elsewhere=hardware is not None and elsewhere,
         boundary_bytes=len(blocks.layers) * batch_size * sequence_length * hidden * itemsize,
         num_tokens=batch_size * sequence_length,
         sequence_length=sequence_length,
@@ -338,14 +359,16 @@ def _open(
     freeze(model, trainable)
     model.train()
     # Refused before anything is made on the drive; clipping is not known yet, and needs no more memory.
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
     plan = plan_for(
-        blocks,
-        layouts,
-        {name for name, p in model.named_parameters() if p.requires_grad}.__contains__,
+        plan_inputs(
+            shard_sizes(blocks, layouts, trained.__contains__),
+            offload,
+            device=device,
+            clipping=False,
+            micro_batch_size=None,
+        ),
         offload,
-        device=device,
-        clipping=False,
-        micro_batch_size=None,
     )
     identity = {
         "fingerprint": fingerprint(config, type(model).__name__),

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 
 from fuyou.config import format_bytes
 from fuyou.errors import ConfigError
+from fuyou.html import table
 
 Activations = str | dict[int, str]
 """See `BlockPlan.activations`."""
@@ -189,8 +190,8 @@ class Plan:
         """Parameters of the model, tied ones once."""
         return sum(b.num_parameters for b in self.blocks)
 
-    def describe(self) -> str:
-        """The plan for people: one line a choice, with its reason."""
+    def describe(self, *, reasons: bool = True) -> str:
+        """The plan for people: one line a choice, with its reason if `reasons`."""
         num_trainable = sum(b.trainable for b in self.blocks)
         num_early = sum(b.trainable and b.update_window == "backward" for b in self.blocks)
         stored = sum(b.weight_bytes * (2 if b.trainable else 1) + 2 * b.state_bytes for b in self.blocks)
@@ -216,10 +217,17 @@ class Plan:
                 f"  a step         about {p.seconds:.2f} s ({lanes}), limited by {p.limiting_lane}",
                 f"  drive traffic  {format_bytes(p.bytes_read)} read, {format_bytes(p.bytes_written)} written a step",
             ]
-        return "\n".join(lines + [f"  because        {field}: {reason}" for field, reason in self.reasons.items()])
+        if reasons:
+            lines += [f"  because        {field}: {reason}" for field, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """The description as a table, for notebooks."""
+        first, *lines = self.describe().splitlines()
+        return table([first, ""], [(line[:16].strip(), line[16:].strip()) for line in lines])
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as JSON; `from_json` gives an equal plan back."""
+        """The plan as JSON; `from_json` gives an equal plan back (and leaves out what `fuyou plan --json` reports beside)."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -230,7 +238,7 @@ class Plan:
             prediction = data.get("prediction")
             return cls(
                 **{
-                    **data,
+                    **{name: value for name, value in data.items() if name != "report"},
                     "blocks": blocks,
                     "prediction": None if prediction is None else Prediction(**prediction),
                 }

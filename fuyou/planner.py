@@ -11,7 +11,7 @@ from fuyou.costs import num_update_workers
 from fuyou.errors import PlanError
 from fuyou.hardware import HardwareProfile
 from fuyou.plan import BlockPlan, Plan, Prediction
-from fuyou.simulator import simulate_step
+from fuyou.simulator import SimulatedStep, simulate_step
 from io_engine.buffers import size_class_bytes
 
 MEBIBYTE = 2**20
@@ -235,7 +235,13 @@ def make_plan(
             surplus = max(0, min(surplus, record_pool - least.records))
             record_pool -= surplus
             free += surplus
-    seconds = _step_seconds(hardware, num_tokens, sequence_length)
+    every = (commit_every_steps or COMMIT_EVERY_STEPS) if writes_back else 1
+
+    def step_seconds(changed: Sequence[BlockPlan]) -> float:
+        assert hardware is not None
+        return predict(changed, hardware, num_tokens, prefetch_depth, every, sequence_length=sequence_length).seconds
+
+    seconds = step_seconds if hardware is not None and num_tokens else None
     late = [] if writes_back else _late_blocks(blocks, free, seconds)
     for number in late:
         change: dict[str, Any] = {"update_window": "forward"}
@@ -269,7 +275,6 @@ def make_plan(
         f"weights of {sum(b.weights_in_host for b in blocks)} and states of {sum(b.states_in_host for b in blocks)} of "
         f"{len(blocks)} blocks, by traffic saved per byte of memory; every step that is committed is written through"
     )
-    every = (commit_every_steps or COMMIT_EVERY_STEPS) if writes_back else 1
     reasons["durability"] = (
         f"all that is trained fits into host memory, so that the drive gets one step in {every}, and whatever is flushed; a "
         f"crash, or a Ctrl-C in the middle of a step, costs at most {every + 1} steps"
@@ -304,8 +309,47 @@ def make_plan(
         reasons=reasons,
         prediction=None
         if hardware is None
-        else predict(blocks, hardware, num_tokens, sequence_length=sequence_length, commit_every_steps=every),
+        else predict(blocks, hardware, num_tokens, prefetch_depth, every, sequence_length=sequence_length),
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanInputs:
+    """What a plan is decided by: the arguments of `make_plan`, so that one of them can be changed."""
+
+    shards: tuple[ShardSize, ...]
+    device: str
+    compute_dtype: str
+    moment_dtype: str
+    host_memory_bytes: int
+    host_memory_reason: str
+    gpu_memory_bytes: int | None
+    micro_batch_size: int | None
+    clipping: bool
+    num_cores: int
+    durability: Literal["step", "checkpoint"] | None = None
+    """None: "checkpoint" where that costs no time, since it spares the drive."""
+    commit_every_steps: int | None = None
+    hardware: HardwareProfile | None = None
+    boundary_bytes: int | None = None
+    num_tokens: int | None = None
+    sequence_length: int = 0
+
+    def plan(self) -> Plan:
+        """`make_plan` of these; PlanError if it does not fit."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.durability is not None:
+            return make_plan(**values)
+        each_step = make_plan(**{**values, "durability": "step"})
+        # Nothing was measured that tells, or nothing is trained.
+        if each_step.prediction is None or not any(block.trainable for block in each_step.blocks):
+            return each_step
+        try:
+            plan = make_plan(**{**values, "durability": "checkpoint"})
+        except PlanError:  # what is trained does not fit into host memory
+            return each_step
+        assert plan.prediction is not None
+        return plan if plan.prediction.seconds <= each_step.prediction.seconds * (1 + LEAST_GAIN) else each_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,13 +394,6 @@ def best_count(most: int, seconds: Callable[[int], float]) -> int:
 
 
 StepSeconds = Callable[[Sequence[BlockPlan]], float]
-
-
-def _step_seconds(hardware: HardwareProfile | None, num_tokens: int | None, sequence_length: int) -> StepSeconds | None:
-    """How long a step with such blocks takes; None where it cannot be said."""
-    if hardware is None or not num_tokens:
-        return None
-    return lambda blocks: predict(blocks, hardware, num_tokens, sequence_length=sequence_length).seconds
 
 
 def _late_blocks(blocks: Sequence[BlockPlan], free_bytes: int, seconds: StepSeconds | None) -> list[int]:
@@ -439,6 +476,7 @@ def predict(
     num_tokens: int | None,
     prefetch_depth: int = 2,
     commit_every_steps: int = 1,
+    *,
     sequence_length: int = 0,
 ) -> Prediction:
     """A steady step's traffic and time, simulated; no step is clipped."""
@@ -451,3 +489,17 @@ def predict(
         sequence_length=sequence_length,
     )
     return Prediction(step.seconds, step.lane_seconds, step.limiting_lane, *traffic(blocks, commit_every_steps))
+
+
+def simulate_plan(
+    plan: Plan, hardware: HardwareProfile, num_tokens: int | None, sequence_length: int = 0
+) -> SimulatedStep:
+    """A steady step of a plan, of a batch with so many tokens."""
+    return simulate_step(
+        plan.blocks,
+        hardware,
+        num_tokens=num_tokens or 0,
+        prefetch_depth=plan.prefetch_depth,
+        commit_every_steps=plan.commit_every_steps,
+        sequence_length=sequence_length,
+    )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,9 +11,9 @@ from torch import nn
 from fuyou.blocks import Block, ModelBlocks
 from fuyou.config import OffloadConfig, format_bytes, parse_bytes
 from fuyou.errors import ConfigError, PlanError
-from fuyou.hardware import available_host_bytes, num_cores
+from fuyou.hardware import HardwareProfile, available_host_bytes, num_cores
 from fuyou.plan import Plan
-from fuyou.planner import LEAST_GAIN, ShardSize, least_memory, make_plan, pooled_bytes
+from fuyou.planner import PlanInputs, ShardSize, least_memory, pooled_bytes
 from optim import DEFAULT_CHUNK_ELEMENTS, ShardLayout
 
 GPU_MEMORY_SHARE = 0.95
@@ -169,72 +167,65 @@ def check_plan(plan: Plan, sizes: Sequence[ShardSize], config: OffloadConfig, *,
             )
 
 
-def plan_for(
-    blocks: ModelBlocks,
-    layouts: Mapping[str, ShardLayout],
-    trainable: Callable[[str], bool],
+def plan_inputs(
+    shards: Sequence[ShardSize],
     config: OffloadConfig,
     *,
     device: str,
     clipping: bool,
     micro_batch_size: int | None,
-    hardware: Any = None,
+    hardware: HardwareProfile | None = None,
+    elsewhere: bool = False,
     boundary_bytes: int | None = None,
     num_tokens: int | None = None,
     adapter_bytes: int = 0,
     sequence_length: int = 0,
-    adapted: Collection[str] = (),
-) -> Plan:
-    """The plan of a model on this machine; the config's own plan, if it has one. Raises as `make_plan`.
+) -> PlanInputs:
+    """What a plan of these blocks is decided by; `elsewhere`: on the machine of `hardware`, not on this one.
 
-    `adapter_bytes` of the host memory are taken already, by what is trained in the blocks `adapted`.
+    `adapter_bytes` of the host memory are taken already, by adapters that are trained.
     """
-    if config.plan is not None:
-        plan = config.plan if isinstance(config.plan, Plan) else Plan.from_json(config.plan)
-        check_plan(plan, shard_sizes(blocks, layouts, trainable), config, device=device, clipping=clipping)
-        return plan
+    there = hardware if elsewhere else None
     if config.host_memory is not None:
         host_bytes, reason = parse_bytes(config.host_memory, "host_memory"), "as given"
     else:
-        available = available_host_bytes()
+        available = available_host_bytes() if there is None else there.host_memory_bytes
         host_bytes = int(available * HOST_MEMORY_SHARE)
-        reason = f"{HOST_MEMORY_SHARE:.0%} of what is available now"
+        reason = f"{HOST_MEMORY_SHARE:.0%} of what {'is available now' if there is None else 'the profile names'}"
     if adapter_bytes:
         host_bytes = max(0, host_bytes - adapter_bytes)
         reason += f", less {format_bytes(adapter_bytes)} for adapters"
-    make = functools.partial(
-        make_plan,
-        shard_sizes(blocks, layouts, trainable, adapted),
+    if config.gpu_memory is None and there is not None and there.gpu_memory_bytes is not None:
+        gpu_bytes: int | None = int(GPU_MEMORY_SHARE * there.gpu_memory_bytes)
+    else:
+        gpu_bytes = _gpu_memory_bytes(config, device)
+    return PlanInputs(
+        shards=tuple(shards),
         device=device,
         compute_dtype=config.compute_dtype,
         moment_dtype=config.moment_dtype,
         host_memory_bytes=host_bytes,
         host_memory_reason=reason,
-        gpu_memory_bytes=_gpu_memory_bytes(config, device),
+        gpu_memory_bytes=gpu_bytes,
         micro_batch_size=micro_batch_size,
         clipping=clipping,
-        num_cores=num_cores(),
+        num_cores=num_cores() if there is None else there.num_cores,
+        durability=config.durability,
+        commit_every_steps=config.commit_every_steps,
         hardware=hardware,
         boundary_bytes=boundary_bytes,
         num_tokens=num_tokens,
         sequence_length=sequence_length,
     )
-    if config.durability is not None:
-        return make(durability=config.durability, commit_every_steps=config.commit_every_steps)
-    return _with_planned_durability(make, config.commit_every_steps)
 
 
-def _with_planned_durability(make: Callable[..., Plan], commit_every_steps: int | None) -> Plan:
-    """The plan that spares the drive where it costs no time; "step" where nothing was measured that tells."""
-    each_step = make(durability="step")
-    if each_step.prediction is None or not any(block.trainable for block in each_step.blocks):
-        return each_step
-    try:
-        plan = make(durability="checkpoint", commit_every_steps=commit_every_steps)
-    except PlanError:  # what is trained does not fit into host memory
-        return each_step
-    assert plan.prediction is not None
-    return plan if plan.prediction.seconds <= each_step.prediction.seconds * (1 + LEAST_GAIN) else each_step
+def plan_for(inputs: PlanInputs, config: OffloadConfig) -> Plan:
+    """The plan of a model; the config's own plan, if it has one. Raises as `make_plan` and `check_plan`."""
+    if config.plan is None:
+        return inputs.plan()
+    plan = config.plan if isinstance(config.plan, Plan) else Plan.from_json(config.plan)
+    check_plan(plan, inputs.shards, config, device=inputs.device, clipping=inputs.clipping)
+    return plan
 
 
 def _gpu_memory_bytes(config: OffloadConfig, device: str) -> int | None:

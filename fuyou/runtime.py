@@ -36,9 +36,9 @@ from fuyou.exporting import NamesOnly, compare_state_dict, export_checkpoint
 from fuyou.hardware import cached_hardware
 from fuyou.memory import MemoryMeter
 from fuyou.plan import Plan
-from fuyou.planner import least_memory, pooled_bytes, predict
-from fuyou.planning import plan_for, shard_sizes
-from fuyou.simulator import SimulatedStep, simulate_step
+from fuyou.planner import least_memory, pooled_bytes, simulate_plan
+from fuyou.planning import plan_for, plan_inputs, shard_sizes
+from fuyou.simulator import SimulatedStep
 from fuyou.streamed_adamw import StreamedAdamW
 from fuyou.trace import Trace, TracingEngine
 from fuyou.trace_files import save_traces
@@ -344,18 +344,16 @@ class Runtime:
 
     def _make_plan(self, *, clipping: bool) -> Plan:
         trainable = {name for name, p in self._parameters.items() if p.requires_grad}
-        return plan_for(
-            self.blocks,
-            self.layouts,
-            trainable.__contains__,
+        inputs = plan_inputs(
+            shard_sizes(self.blocks, self.layouts, trainable.__contains__, self._adapted),
             self.config,
             device=self._device_name,
             clipping=clipping,
             micro_batch_size=self._micro_batch_size,
             hardware=self._hardware,
             adapter_bytes=self._adapter_bytes,
-            adapted=self._adapted,
         )
+        return plan_for(inputs, self.config)
 
     def _see_added_parameters(self) -> None:
         """Take notice of what peft has put into the model; ModelError for what cannot be computed with, or comes too late."""
@@ -788,20 +786,13 @@ class Runtime:
         """What the plan expects of a step with as many tokens as this one."""
         if self._hardware is None or self.plan.prediction is None:
             return None
-        return predict(
-            self.plan.blocks, self._hardware, self._step_tokens, commit_every_steps=self.plan.commit_every_steps
-        ).seconds
+        return simulate_plan(self.plan, self._hardware, self._step_tokens).seconds
 
     def predicted_step(self) -> SimulatedStep | None:
         """What the plan expects of a step with as many tokens as the last one; None where nothing is measured or taken."""
         if self._hardware is None or not self._metrics:
             return None
-        return simulate_step(
-            self.plan.blocks,
-            self._hardware,
-            num_tokens=self._metrics["num_tokens"],
-            commit_every_steps=self.plan.commit_every_steps,
-        )
+        return simulate_plan(self.plan, self._hardware, self._metrics["num_tokens"])
 
     def _save_traces(self) -> None:
         """Leave the last steps' lanes beside the store, for `fuyou trace`; never a reason to fail."""

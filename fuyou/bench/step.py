@@ -171,9 +171,9 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def _simulated(plan: Any, hardware: Any, num_tokens: int) -> float:
-    from fuyou.planner import predict
+    from fuyou.planner import simulate_plan
 
-    return predict(plan.blocks, hardware, num_tokens, plan.prefetch_depth, plan.commit_every_steps).seconds
+    return simulate_plan(plan, hardware, num_tokens).seconds
 
 
 class _NoWrites:
