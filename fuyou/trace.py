@@ -16,6 +16,9 @@ from io_engine import Engine, Extent, Transfer
 
 LANES = ("gpu", "h2d", "d2h", "ssd_read", "ssd_write", "cpu")
 """gpu: forward and backward compute, on whichever device; cpu: the optimizer's arithmetic."""
+WAIT_LANE = "wait"
+"""No lane of work: what issues compute waits here, each span named by what for. Lies in the gaps of gpu, or on a GPU beside
+what was issued before."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -11,10 +11,12 @@ from typing import Any
 from fuyou.errors import ConfigError
 from fuyou.html import COLOURS
 from fuyou.simulator import SimulatedStep
-from fuyou.trace import LANES, StepTrace
+from fuyou.trace import LANES, WAIT_LANE, StepTrace
 
 TRACE_NAME = "trace.json"
 """In a store's first directory: the last steps of the run that closed it last."""
+
+_SHOWN_LANES = (*LANES, WAIT_LANE)
 
 
 def save_traces(directory: Path, steps: Iterable[StepTrace], predicted: SimulatedStep | None) -> None:
@@ -61,7 +63,7 @@ def perfetto(step: Mapping[str, Any], predicted: Mapping[str, Any] | None) -> di
         if found is None:
             continue
         events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": title}})
-        for number, lane in enumerate(LANES):
+        for number, lane in enumerate(_SHOWN_LANES):
             for row, spans in enumerate(_rows(s for s in found["spans"] if s["lane"] == lane)):
                 thread = 100 * number + row
                 events.append({"ph": "M", "name": "thread_name", "pid": process, "tid": thread, "args": {"name": lane}})
@@ -96,11 +98,10 @@ def draw(step: Mapping[str, Any], predicted: Mapping[str, Any] | None, path: Pat
     figure = Figure(figsize=(12, 2.2 * len(parts) + 0.6), layout="constrained")
     longest = max(found["seconds"] for _, found in parts)
     for axes, (title, found) in zip(figure.subplots(len(parts), 1, squeeze=False)[:, 0], parts, strict=True):
-        for number, lane in enumerate(reversed(LANES)):
+        for number, lane in enumerate(reversed(_SHOWN_LANES)):
             bars = [(s["start"], s["end"] - s["start"]) for s in found["spans"] if s["lane"] == lane]
-            axes.broken_barh(bars, (number - 0.4, 0.8), color=COLOURS[lane])
-        axes.set(title=f"{title}: {found['seconds']:.3f} s", xlim=(0, longest), ylim=(-0.6, len(LANES) - 0.4))
-        axes.set_yticks(range(len(LANES)), list(reversed(LANES)))
+_SHOWN_LANES = (*LANES, WAIT_LANE)
+
     axes.set_xlabel("seconds")
     figure.savefig(path)
 

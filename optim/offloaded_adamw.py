@@ -445,6 +445,18 @@ class OffloadedAdamW(torch.optim.Optimizer):
         if job is not None:
             job.wait()
 
+    def wait_updated(self, shard: str) -> None:
+        """As `wait_written`, for who has the shard's weights in memory: the new ones may still be on their way to the drive.
+
+        They may be read there, and given back as the weights of a further update: that one writes into them behind the
+        commit of this step, which waits for its writes.
+        """
+        job = self._jobs.get(shard)
+        if shard in self._given or job is None:
+            self.wait_written(shard)
+        else:
+            job.wait_ready()
+
     def has_pending_update(self, shard: str) -> bool:
         """Whether the shard's weights on the drive are still those before the last step."""
         return shard in self._pending

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -81,6 +82,11 @@ def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any)
 
     def streamed(name: str, host_memory: str) -> Any:
         offload = fuyou.OffloadConfig(store=folder / name, device=device, compute_dtype=dtype, host_memory=host_memory)
+        # With the batch known, as from a recipe: windows of updates are chosen by how long compute takes.
+        plan = fuyou.plan_model(
+            config, offload=offload, batch_size=options.rows, sequence_length=options.length, max_grad_norm=1e9
+        )
+        offload = dataclasses.replace(offload, plan=plan)
         model = fuyou.from_config(config, offload=offload, seed=0)
         return model, fuyou.AdamW(model, lr=1e-4, max_grad_norm=1e9)
 
@@ -233,38 +239,46 @@ class _Copies:
         self._pool.close()
 
     def run(self) -> None:
-        """Forward's reads, then backward's with what is written beside them; blocks until all is done, sync included."""
+        """What a forward pass moves, then a backward pass; blocks until all is done, sync included."""
         self._runtime.flush()
-        forward, backward, writes = self._tasks()
-        self._move([("read", extent) for extent in forward])
-        mixed: list[tuple[str, Extent]] = []
-        ratio = len(writes) / max(1, len(backward))
-        for number, extent in enumerate(backward):
-            mixed.append(("read", extent))
-            mixed += [("write", e) for e in writes[int(number * ratio) : int((number + 1) * ratio)]]
-        mixed += [("write", e) for e in writes[int(len(backward) * ratio) :]]
-        self._move(mixed)
-        for path in {segment.path for extent in writes for segment in extent.segments}:
+        self.bytes_read = self.bytes_written = 0
+        paths: set[str] = set()
+        for reads, writes in self._tasks():
+            mixed: list[tuple[str, Extent]] = []
+            ratio = len(writes) / max(1, len(reads))
+            for number, extent in enumerate(reads):
+                mixed.append(("read", extent))
+                mixed += [("write", e) for e in writes[int(number * ratio) : int((number + 1) * ratio)]]
+            mixed += [("write", e) for e in writes[int(len(reads) * ratio) :]]
+            self._move(mixed)
+            self.bytes_read += sum(e.num_bytes for e in reads)
+            self.bytes_written += sum(e.num_bytes for e in writes)
+            paths |= {segment.path for extent in writes for segment in extent.segments}
+        for path in paths:
             self._engine.sync(path)
-        self.bytes_read = sum(e.num_bytes for e in (*forward, *backward))
-        self.bytes_written = sum(e.num_bytes for e in writes)
 
-    def _tasks(self) -> tuple[list[Extent], list[Extent], list[Extent]]:
-        forward: list[Extent] = []
-        backward: list[Extent] = []
-        writes: list[Extent] = []
+    def _tasks(self) -> tuple[tuple[list[Extent], list[Extent]], ...]:
+        """Reads and writes of the two passes of a step with this plan that is not clipped."""
+        forward: tuple[list[Extent], list[Extent]] = ([], [])
+        backward: tuple[list[Extent], list[Extent]] = ([], [])
         for block in self._runtime.plan.blocks:
             layout = self._runtime.layouts[block.name]
             slot = self._store.active_slot(layout.weight_name)
             weights = _pieces(self._store.extent(layout.weight_name, slot))
             states = _pieces(self._store.extent(layout.state_name, slot))
             if not block.weights_in_host:
-                forward += weights
-                backward += weights * (block.num_weight_reads() - 1)
-            backward += [] if block.states_in_host else states
+                forward[0].extend(weights)
+                # The epilogue's stay from its forward pass, which is the last, to its backward pass, the first.
+                backward[0].extend([] if block.kind == "epilogue" else weights * (block.num_weight_reads() - 1))
+            update = forward if block.update_window == "forward" else backward
+            update[0].extend([] if block.states_in_host else states)
             for name in (layout.weight_name, layout.state_name):
-                writes += _pieces(self._store.extent(name, 1 - slot))
-        return forward, backward, writes
+                update[1].extend(_pieces(self._store.extent(name, 1 - slot)))
+            if block.gradient == "spill":
+                spilled = _pieces(self._store.scratch(f"{block.name}/gradient", layout.gradient_bytes))
+                backward[1].extend(spilled)
+                forward[0].extend(spilled if update is forward else [])
+        return forward, backward
 
     def _move(self, tasks: list[tuple[str, Extent]]) -> None:
         under_way: list[Any] = []

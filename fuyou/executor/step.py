@@ -39,8 +39,11 @@ from fuyou.executor.ops import Op, all_recomputed, check_activations
 from fuyou.executor.replay import Recording, RecordMode, ReplayMode
 from fuyou.executor.weights import LoadedShard, WeightStream
 from fuyou.plan import Activations
-from fuyou.trace import Trace
+from fuyou.trace import WAIT_LANE, Trace
 from optim import OffloadedAdamW, ShardGradient, ShardLayout
+
+LEAST_WAIT_SECONDS = 1e-3
+"""Shorter waits are left out of traces."""
 
 
 def micro_batch_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -289,7 +292,7 @@ class StepExecutor:
         record, autocast = self._new_record(calls, first)
         losses = torch.zeros((), dtype=torch.float64, device=self._device.torch_device)
         with self._running(record.micro_batches, record), self._autocast(autocast):
-            self._run_layers(record.micro_batches, step)
+            self._run_layers(record.micro_batches, step, self._backward_visits(epilogue_again=False))
             with self._bound_block("epilogue"), torch.enable_grad():
                 self._open_gradients("epilogue")
                 for micro_batch in record.micro_batches:
@@ -320,7 +323,7 @@ class StepExecutor:
         record, autocast = self._new_record([(arguments, 1.0) for arguments in calls], first)
         outputs: list[Any] = []
         with self._running(record.micro_batches, record), self._autocast(autocast):
-            self._run_layers(record.micro_batches, step)
+            self._run_layers(record.micro_batches, step, self._backward_visits(epilogue_again=True))
             with self._bound_block("epilogue"), torch.enable_grad():
                 for micro_batch in record.micro_batches:
                     self._finish(micro_batch)
@@ -340,8 +343,9 @@ class StepExecutor:
         autocast = self._get_autocast()
         return ForwardRecord(micro_batches, torch.zeros(()), type(None), autocast), autocast
 
-    def _run_layers(self, micro_batches: list[_MicroBatch], step: int) -> None:
-        self._weights.announce(self._visits(self._order))
+    def _run_layers(self, micro_batches: list[_MicroBatch], step: int, then: Sequence[str] = ()) -> None:
+        """Up to the epilogue; `then` are the shards that will be visited when the forward pass is over."""
+        self._weights.announce([*self._visits(self._order), *then])
         for micro_batch in micro_batches:
             self._seed_micro_batch(micro_batch, step)
         self._run_up_to_epilogue(micro_batches)
@@ -379,13 +383,8 @@ class StepExecutor:
         if scale != 1.0:
             self._scale(record, scale)
         layers = [i for i in reversed(range(len(self._layers))) if self._has_backward(i, record)]
-        layer_names = [block.name for i in layers if (block := self._layer_blocks[i]) is not None]
-        prologue = ["prologue"] if self.optimizer.trains("prologue") or "prologue" in self._adapters else []
-        # Early updates take the weights that backward has read; the epilogue's were let go.
-        epilogue = ["epilogue"] if self.optimizer.updates_early("epilogue") else []
-        if gradients is not None:
-            epilogue = self._visits(["epilogue"])
-        self._weights.announce([*epilogue, *self._visits([*layer_names, *prologue])])
+        prologue = self._has_trained("prologue")
+        self._weights.announce(self._backward_visits(epilogue_again=gradients is not None, layers=layers))
         self._activations.announce(
             saved
             for index in layers
@@ -416,6 +415,30 @@ class StepExecutor:
             self._complete("prologue")
         self._activations.finish()
 
+    def _backward_visits(self, *, epilogue_again: bool, layers: Sequence[int] | None = None) -> list[str]:
+        """The shards that a backward pass asks for, in order, as far as that is known.
+
+        `epilogue_again`: it runs the epilogue's backward pass. `layers` are those that it reaches, last first; None: not
+        known yet, those above the first that is trained.
+        """
+        assert self.optimizer is not None
+        prologue = ["prologue"] if self._has_trained("prologue") else []
+        if layers is None:
+            trained = [i for i, block in enumerate(self._layer_blocks) if block and self._has_trained(block.name)]
+            first = 0 if prologue else min(trained, default=len(self._layers))
+            layers = range(len(self._layers) - 1, first - 1, -1)
+        names = [block.name for i in layers if (block := self._layer_blocks[i]) is not None]
+        # Early updates take the weights that backward has read; the epilogue's were let go.
+        epilogue = ["epilogue"] if self.optimizer.updates_early("epilogue") else []
+        if epilogue_again:
+            epilogue = self._visits(["epilogue"])
+        return [*epilogue, *self._visits([*names, *prologue])]
+
+    def _has_trained(self, block: str) -> bool:
+        """Whether something in the block is trained: weights that are streamed, or adapters."""
+        assert self.optimizer is not None
+        return self.optimizer.trains(block) or block in self._adapters
+
     def check(self, record: ForwardRecord) -> None:
         """ModelError if the record's backward pass ran already, or its activations are gone."""
         if record is not self._record:
@@ -429,6 +452,7 @@ class StepExecutor:
         if self._record is not None:
             record, self._record = self._record, None
             self._drop(record)
+            self._weights.announce(())  # read ahead for its backward pass
 
     def infer(
         self,
@@ -550,7 +574,8 @@ class StepExecutor:
         leaves: list[tuple[_SavedInput, torch.Tensor]] = []
         earlier: list[tuple[torch.Tensor, torch.Tensor]] = []
         for saved_input in call.inputs:
-            leaf = self._activations.load(saved_input.saved).requires_grad_()
+            with self._waiting(f"the input of layer {index}"):
+                leaf = self._activations.load(saved_input.saved).requires_grad_()
             leaves.append((saved_input, leaf))
             arrived = _take_arrived(saved_input, micro_batch)
             if arrived is not None:
@@ -876,7 +901,8 @@ class StepExecutor:
             shard, count = self._bound[name]
             self._bound[name] = (shard, count + 1)
             return
-        shard = self._weights.acquire(name)
+        with self._waiting(f"weights of {name}"):
+            shard = self._weights.acquire(name)
         assert shard.device_weights is not None
         for slot in shard.layout.parameters:
             self._parameters[slot.name].data = shard.device_weights[slot.start : slot.stop].view(slot.shape)
@@ -905,7 +931,8 @@ class StepExecutor:
         for shard in (block_name, *block.borrows, *(layout.name for layout in self._adapters.get(block_name, ()))):
             if shard not in self._layouts or shard in self._open or not self.optimizer.trains(shard):
                 continue
-            gradient = self.optimizer.acquire_gradient(shard)
+            with self._waiting(f"memory for the gradient of {shard}"):
+                gradient = self.optimizer.acquire_gradient(shard)
             host = torch.from_numpy(gradient.array)
             self._open[shard] = _OpenGradient(gradient, self._device.gradient_sum(host))
 
@@ -1080,6 +1107,15 @@ class StepExecutor:
         started = time.perf_counter()
         yield
         self._trace.record("gpu", name, started, time.perf_counter())
+
+    @contextlib.contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        """Whatever compute loses inside, it loses to waiting for `what`."""
+        started = time.perf_counter()
+        yield
+        ended = time.perf_counter()
+        if ended - started >= LEAST_WAIT_SECONDS:
+            self._trace.record(WAIT_LANE, what, started, ended)
 
 
 def _drop(_saved: torch.Tensor) -> None:

@@ -42,6 +42,11 @@ class LoadedShard:
         if self.job is not None:
             self.job.wait_ready()
 
+    def is_whole(self) -> bool:
+        """Whether the weights have arrived, and an update on their way in is through, both without a failure."""
+        arrived = self.transfer is None or (self.transfer.done() and self.transfer.error is None)
+        return arrived and (self.job is None or (self.job.done.is_set() and self.job.error is None))
+
     def host_tensor(self) -> torch.Tensor:
         """The weights as a flat tensor of the compute dtype that shares the buffer's memory."""
         if self.layout.compute_dtype == "bfloat16":
@@ -52,7 +57,8 @@ class LoadedShard:
 class WeightStream:
     """Hands out shards in the announced order, reading up to `prefetch_depth` ahead.
 
-    `resident` shards are read once and stay. All buffers come from `pool`.
+    `resident` shards are read once and stay. What is given back right before its own next visit stays until then, as if
+    it had been read ahead. All buffers come from `pool`.
     """
 
     def __init__(
@@ -72,35 +78,39 @@ class WeightStream:
         self._prefetch_depth = prefetch_depth
         self._loaded: dict[str, LoadedShard] = {}
         self._visits: deque[str] = deque()
-        self._repeats = False
-        """The visits end with the first ones of a next pass: what is read for those stays until it comes."""
         self._lock = threading.RLock()
         self.optimizer: OffloadedAdamW | None = None
 
     def announce(self, visits: Iterable[str], *, again: bool = False) -> None:
         """The shards that will be acquired next, in order; replaces what was announced before.
 
-        With `again`, the same order will probably follow once more, and no weight changes before that: the end of this
-        pass reads the beginning of the next one ahead, and what the last pass has read ahead so is used.
+        What was read ahead and comes soon in this order, too, is not read again: announce nothing first where it may be
+        older than the last step. With `again` the same order will probably follow once more: its beginning is read ahead
+        at its end.
         """
         with self._lock:
             order = list(visits)
-            first = order[: self._prefetch_depth]
-            keep = first if again and self._repeats else ()
+            self._visits = deque([*order, *order[: self._prefetch_depth]] if again else order)
+            soon = self._soon()
             for shard in list(self._loaded.values()):
-                if shard.prefetched and shard.layout.name not in keep:
+                if shard.prefetched and shard.layout.name not in soon:
                     self._drop_prefetched(shard.layout.name)
-            self._repeats = again
-            self._visits = deque([*order, *first] if again else order)
             self._prefetch()
+
+    def _soon(self) -> list[str]:
+        """The shards of the next visits, as many as are read ahead."""
+        return list(dict.fromkeys(self._visits))[: self._prefetch_depth]
 
     def acquire(self, name: str) -> LoadedShard:
         """The shard's weights, ready to compute with; blocks until they are. `release` it after use."""
         with self._lock:
             loaded = self._loaded.get(name)
             read_ahead = loaded is not None and loaded.prefetched
-        if self.optimizer is not None and not read_ahead:
-            # Outside the lock: the update that is waited for gives its buffer back through `release`.
+        # Outside the lock: the update that is waited for gives its buffer back through `release`.
+        if self.optimizer is not None and loaded is not None and name in self._resident:
+            # Not for the drive: the write that may still be under way reads the same memory, as compute does.
+            self.optimizer.wait_updated(name)
+        elif self.optimizer is not None and not read_ahead:
             self.optimizer.wait_written(name)
         with self._lock:
             if name in self._visits:
@@ -144,6 +154,7 @@ class WeightStream:
     def forget_resident(self) -> None:
         """Weights kept in memory are not those of the store any more: read them again at the next use."""
         with self._lock:
+            self._drop_prefetched()
             for name in self._resident & self._loaded.keys():
                 self._forget(self._loaded[name])
 
@@ -165,6 +176,10 @@ class WeightStream:
         name = shard.layout.name
         current = self._loaded.get(name) is shard
         if shard.num_references > 0 or shard.prefetched or (current and name in self._resident):
+            return
+        if current and self._visits and self._visits[0] == name and shard.is_whole():
+            shard.uploaded()
+            shard.device_weights, shard.prefetched = None, True
             return
         if current:
             del self._loaded[name]
@@ -197,12 +212,10 @@ class WeightStream:
 
     def _prefetch(self) -> None:
         """Start reads for the next shards, in order, as far as buffers are free; never blocks."""
-        for name in list(self._visits)[: self._prefetch_depth]:
+        for name in self._soon():
             shard = self._loaded.get(name)
             if shard is not None and name in self._resident:
                 self._update_resident(shard)
-            elif shard is not None and self._repeats:
-                shard.prefetched = True  # in use now (a head tied to the embedding) and soon again
             elif shard is None and self._start(name, block=False) is None:
                 return
 

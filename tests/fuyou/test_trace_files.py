@@ -12,7 +12,7 @@ import torch
 
 import fuyou
 from fuyou.cli import main
-from fuyou.trace import LANES, Span, StepTrace
+from fuyou.trace import LANES, WAIT_LANE, Span, StepTrace
 from fuyou.trace_files import load_traces, perfetto, save_traces
 from tests.tiny_models import tiny_model_config
 
@@ -37,7 +37,7 @@ def test_a_run_leaves_its_last_steps(store: Path) -> None:
     found = load_traces(store)
     assert sorted(found["steps"]) == [3, 4, 5, 6]
     lanes = {span["lane"] for span in found["steps"][6]["spans"]}
-    assert {"gpu", "ssd_write", "cpu"} <= lanes <= set(LANES)
+    assert {"gpu", "ssd_write", "cpu"} <= lanes <= {*LANES, WAIT_LANE}
     assert fuyou.verify_store(store) == []  # a file of no consequence
 
 
