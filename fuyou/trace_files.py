@@ -100,8 +100,9 @@ def draw(step: Mapping[str, Any], predicted: Mapping[str, Any] | None, path: Pat
     for axes, (title, found) in zip(figure.subplots(len(parts), 1, squeeze=False)[:, 0], parts, strict=True):
         for number, lane in enumerate(reversed(_SHOWN_LANES)):
             bars = [(s["start"], s["end"] - s["start"]) for s in found["spans"] if s["lane"] == lane]
-_SHOWN_LANES = (*LANES, WAIT_LANE)
-
+            axes.broken_barh(bars, (number - 0.4, 0.8), color=COLOURS[lane])
+        axes.set(title=f"{title}: {found['seconds']:.3f} s", xlim=(0, longest), ylim=(-0.6, len(_SHOWN_LANES) - 0.4))
+        axes.set_yticks(range(len(_SHOWN_LANES)), list(reversed(_SHOWN_LANES)))
     axes.set_xlabel("seconds")
     figure.savefig(path)
 
