@@ -193,8 +193,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _checkpoint(options: argparse.Namespace) -> int:
-    from fuyou.checkpointing import checkpoint_json, keep_checkpoint, remove_checkpoint, restore_checkpoint
+    from fuyou.checkpointing import keep_checkpoint, remove_checkpoint, restore_checkpoint
     from fuyou.config import format_bytes
+    from fuyou.store_contents import checkpoint_json
 
     store = _directories(options)
     done: dict[str, Any]

@@ -18,10 +18,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from fuyou.config import OffloadConfig
 from fuyou.errors import ModelError
-from fuyou.opening import DTYPES, model_of, stored_config, stored_shards
-from io_engine import BufferPool, PosixEngine, Store, VerifyingEngine
+from fuyou.opening import model_of
+from fuyou.store_contents import DTYPES, opened_store, stored_config, stored_shards
+from io_engine import BufferPool, Store, VerifyingEngine
 from optim import ShardLayout
 from optim.layout import ParameterSlot
 from optim.states import StateFiles
@@ -46,13 +46,13 @@ def export_distributed(
     path = Path(folder).expanduser()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ModelError(f"{path} exists and is not an empty folder: name a new one")
-    directories = OffloadConfig(store=store).store_directories
-    with PosixEngine() as engine, Store.open(directories, engine=engine) as opened:
+    with opened_store(store) as (opened, engine):
+        directory = Path(opened.directories[0])
         if not opened.state.get("filled"):
-            raise ModelError(f"the store in {directories[0]} was never filled: there is nothing to export")
+            raise ModelError(f"the store in {directory} was never filled: there is nothing to export")
         description = opened.description
-        config = stored_config(description, opened.identity, directories[0])
-        shards = stored_shards(description, directories[0])
+        config = stored_config(description, opened.identity, directory)
+        shards = stored_shards(description, directory)
         chunk_bytes = max(max(shard.weight_range(0)[1], shard.full_record_bytes) for shard in shards)
         with (
             model_of(config, DTYPES[description["compute_dtype"]]) as model,

@@ -64,7 +64,7 @@ _LARGEST_SIZE = 1 << 24
 
 
 def _check_sizes(values: Mapping[str, Any]) -> None:
-    from fuyou.opening import MOST_LAYERS, check_layers
+    from fuyou.store_contents import MOST_LAYERS, check_layers
 
     check_layers(values, MOST_LAYERS)
     for name, value in values.items():
