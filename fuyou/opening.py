@@ -80,7 +80,7 @@ def from_pretrained(
 
     folder = resolve_checkpoint(name_or_path, revision)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: no usable config.json ({str(error).splitlines()[0]})") from error
 
@@ -242,7 +242,7 @@ def inputs_of_run(
     if isinstance(config, str | os.PathLike):
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(resolve_checkpoint(config))
+        config = AutoConfig.from_pretrained(resolve_checkpoint(config), trust_remote_code=False)
     device = hardware.device if hardware is not None else choose_device(offload)
     with model_of(config, DTYPES[offload.compute_dtype], make=shape_model) as model:
         blocks = find_blocks(model, offload.blocks)

@@ -37,6 +37,7 @@ def inspect_store(store: Directories) -> StoreContents:
         {
             "directories": [str(d) for d in directories],
             "identity": snapshot.identity,
+            "source": str(snapshot.description.get("source", "")),
             "step": snapshot.step,
             "filled": bool(snapshot.state.get("filled")),
             "numerics": snapshot.state.get("numerics", {}),

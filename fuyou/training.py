@@ -54,7 +54,7 @@ def model_config(recipe: Recipe) -> Any:
     assert recipe.model.name_or_path is not None
     folder = resolve_checkpoint(recipe.model.name_or_path, recipe.model.revision)
     try:
-        return transformers.AutoConfig.from_pretrained(folder)
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: no usable config.json ({_first_sentence(error)})") from None
 

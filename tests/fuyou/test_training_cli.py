@@ -114,6 +114,7 @@ def test_inspect_verify_and_export(uninterrupted: Path, tmp_path: Path, capsys: 
     assert main(["verify", store]) == 0
     assert capsys.readouterr().out == "all data is as it was written\n"
     assert main(["export", store, str(tmp_path / "exported")]) == 0
+    assert "without a tokenizer" in capsys.readouterr().out
     exported, trained = tmp_path / "exported", uninterrupted / "out" / "model"
     names = [path.name for path in sorted(trained.glob("*.safetensors"))]
     assert names
@@ -280,6 +281,15 @@ def test_an_error_in_the_middle_leaves_a_store_that_resumes(
     monkeypatch.undo()
     assert train(recipe) == 0
     assert same_numbers(metrics(tmp_path)) == same_numbers(metrics(uninterrupted))
+
+
+def test_a_moved_store_continues(uninterrupted: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    assert train(recipe, "--steps", "2") == 0
+    (tmp_path / "store").rename(tmp_path / "other drive")
+    assert train(recipe, "--resume", "must", "--store", str(tmp_path / "other drive")) == 0
+    assert same_numbers(metrics(tmp_path)) == same_numbers(metrics(uninterrupted))
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_new_run_puts_older_metrics_aside(tmp_path: Path) -> None:
