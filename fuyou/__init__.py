@@ -18,12 +18,11 @@ if TYPE_CHECKING:
     from fuyou.opening import (
         from_config,
         from_pretrained,
-        inspect_store,
         open_store_model,
         plan_model,
-        verify_store,
     )
     from fuyou.plan import Plan
+    from fuyou.store_contents import inspect_store, verify_store
     from fuyou.trainer_callback import FuyouCallback
 
 __version__ = "0.1.0"
@@ -42,13 +41,13 @@ _HOMES = {
     "format_bytes": ("fuyou.config", "format_bytes"),
     "from_config": ("fuyou.opening", "from_config"),
     "from_pretrained": ("fuyou.opening", "from_pretrained"),
-    "inspect_store": ("fuyou.opening", "inspect_store"),
+    "inspect_store": ("fuyou.store_contents", "inspect_store"),
     "measure_hardware": ("fuyou.hardware", "measure_hardware"),
     "micro_batch_seed": ("fuyou.executor.step", "micro_batch_seed"),
     "open_store_model": ("fuyou.opening", "open_store_model"),
     "parse_bytes": ("fuyou.config", "parse_bytes"),
     "plan_model": ("fuyou.opening", "plan_model"),
-    "verify_store": ("fuyou.opening", "verify_store"),
+    "verify_store": ("fuyou.store_contents", "verify_store"),
 }
 
 __all__ = [

@@ -242,7 +242,7 @@ def shape_model(config: Any, dtype: torch.dtype, **kwargs: Any) -> Iterator[nn.M
 
     _refuse_quantized(config)
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **kwargs)
     model.tie_weights()
     yield model
 
@@ -265,7 +265,7 @@ def meta_model(config: Any, dtype: torch.dtype, **kwargs: Any) -> Iterator[nn.Mo
     ):
         torch.manual_seed(0)
         try:
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **kwargs)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False, **kwargs)
         except ValueError as error:
             kind = getattr(config, "model_type", type(config).__name__)
             raise ModelError(f"transformers makes no causal language model of this {kind} config: {error}") from error

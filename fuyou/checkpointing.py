@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-from collections.abc import Iterator, Sequence
-from typing import Any
 
-from fuyou.config import OffloadConfig
-from io_engine import Checkpoint, PosixEngine, Store, StoreError
-
-Directories = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+from fuyou.store_contents import Directories, opened_store
+from io_engine import Checkpoint, Store, StoreError
 
 OF_A_STEP = re.compile(r"step-\d+")
 """Names that a run gives; `prune_checkpoints` removes no others."""
@@ -22,23 +16,13 @@ def step_name(step: int) -> str:
     return f"step-{step}"
 
 
-def checkpoint_json(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What there is to know of a checkpoint, as JSON."""
-    return {
-        "name": checkpoint.name,
-        "step": checkpoint.step,
-        "num_bytes": checkpoint.num_bytes,
-        "created_seconds": checkpoint.created_seconds,
-    }
-
-
 def keep_checkpoint(store: Directories, name: str | None = None) -> Checkpoint:
     """Keep what is committed as a checkpoint (None: named by its step); blocks until it is on the drive.
 
     StoreError if there is one of that name, if nothing was committed yet, or if the store is in use; StoreCorruptError
     if its data are damaged; OSError, with nothing written, if the space is short; ValueError for an unusable name.
     """
-    with _opened(store) as opened:
+    with opened_store(store) as (opened, _):
         if not opened.state.get("filled"):
             raise StoreError(f"the store in {opened.directories[0]} was never filled: there is nothing to keep")
         name = step_name(opened.step) if name is None else name
@@ -52,13 +36,13 @@ def restore_checkpoint(store: Directories, name: str) -> Checkpoint:
 
     StoreError if there is none of that name or the store is in use, StoreCorruptError if the checkpoint is damaged.
     """
-    with _opened(store) as opened:
+    with opened_store(store) as (opened, _):
         return opened.restore(name)
 
 
 def remove_checkpoint(store: Directories, name: str) -> None:
     """Delete a checkpoint; StoreError if there is none of that name or the store is in use."""
-    with _opened(store) as opened:
+    with opened_store(store) as (opened, _):
         opened.remove_checkpoint(name)
 
 
@@ -67,10 +51,3 @@ def prune_checkpoints(store: Store, num_kept: int) -> None:
     of_steps = [checkpoint.name for checkpoint in store.checkpoints if OF_A_STEP.fullmatch(checkpoint.name)]
     for name in of_steps[: max(0, len(of_steps) - num_kept)]:
         store.remove_checkpoint(name)
-
-
-@contextlib.contextmanager
-def _opened(store: Directories) -> Iterator[Store]:
-    directories = OffloadConfig(store=store).store_directories
-    with PosixEngine() as engine, Store.open(directories, engine=engine) as opened:
-        yield opened

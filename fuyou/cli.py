@@ -159,7 +159,8 @@ def _train(options: argparse.Namespace) -> int:
     datasets.disable_progress_bars()
     # I/O threads ask for the interpreter between requests; at Python's 5 ms a busy main thread costs them a quarter.
     sys.setswitchinterval(SWITCH_SECONDS)
-    recipe = load_recipe(options.recipe, options.set)
+    moved = [] if options.store is None else [f"offload.store={json.dumps(options.store)}"]
+    recipe = load_recipe(options.recipe, [*options.set, *moved])
     reporter = make_reporter(
         sys.stdout, quiet=options.quiet, as_json=options.json, logging_steps=recipe.training.logging_steps
     )
@@ -193,8 +194,9 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _checkpoint(options: argparse.Namespace) -> int:
-    from fuyou.checkpointing import checkpoint_json, keep_checkpoint, remove_checkpoint, restore_checkpoint
+    from fuyou.checkpointing import keep_checkpoint, remove_checkpoint, restore_checkpoint
     from fuyou.config import format_bytes
+    from fuyou.store_contents import checkpoint_json
 
     store = _directories(options)
     done: dict[str, Any]
@@ -221,12 +223,15 @@ def _checkpoint(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     import fuyou
+    from fuyou.tokenizing import save_tokenizer
 
     out = Path(options.out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder: name a new one")
+    if options.masters and options.format == "dcp":
+        raise ConfigError("--masters: --format dcp writes the masters anyway; leave one of them out")
     if options.format == "dcp":
-        from fuyou.distributed_export import export_distributed
+        from fuyou.master_export import export_distributed
 
         step = export_distributed(_directories(options), out)
         if options.json:
@@ -234,18 +239,28 @@ def _export(options: argparse.Namespace) -> int:
         else:
             print(f"step {step} with its optimizer states written to {out}; torch.distributed.checkpoint.load reads it")
         return EXIT_DONE
-    model = fuyou.open_store_model(_directories(options), host_memory=options.host_memory)
-    with model.fuyou:
-        model.save_pretrained(str(out))
-        step = model.fuyou.committed_step
+    if options.masters:
+        from fuyou.master_export import export_masters
+
+        step = export_masters(_directories(options), out)
+    else:
+        model = fuyou.open_store_model(_directories(options), host_memory=options.host_memory)
+        with model.fuyou:
+            model.save_pretrained(str(out))
+            step = model.fuyou.committed_step
+    tokenizer = save_tokenizer(fuyou.inspect_store(_directories(options))["source"], out)
     if options.json:
-        _print_json({"out": str(out), "step": step})
+        _print_json({"out": str(out), "step": step, "tokenizer": tokenizer})
     else:
         print(
             f"step {step} written to {out}; load it with "
             f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
         )
-        print("the tokenizer is not in a store: take it from the model that the run began with")
+        print(
+            f"with the tokenizer of {tokenizer}"
+            if tokenizer is not None
+            else "without a tokenizer, since the model that the run began with has none here: add its files"
+        )
     return EXIT_DONE
 
 
@@ -357,6 +372,9 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", _train, "train a recipe, or continue it")
     _add_recipe(train)
     train.add_argument("--steps", type=_positive, metavar="N", help="stop cleanly after N further steps")
+    train.add_argument(
+        "--store", action="append", metavar="DIR", help="instead of offload.store, as when it was moved; one per drive"
+    )
     train.add_argument("--resume", type=_resume, metavar="auto|never|must|STEP", help="instead of offload.resume")
     train.add_argument("--quiet", action="store_true", help="print errors only")
 
@@ -380,6 +398,9 @@ def _parser() -> argparse.ArgumentParser:
                 choices=("safetensors", "dcp"),
                 default="safetensors",
                 help="dcp: weights and Adam states for torch.distributed.checkpoint (safetensors)",
+            )
+            sub.add_argument(
+                "--masters", action="store_true", help="the float32 masters instead of the weights of compute"
             )
             sub.add_argument("--host-memory", metavar="SIZE", help='budget, such as "8GiB"')
         sub.add_argument(

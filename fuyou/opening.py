@@ -1,14 +1,10 @@
-"""Making and opening streamed models: `from_pretrained`, `from_config`, `open_store_model`, and what looks at stores."""
+"""Making and opening streamed models: `from_pretrained`, `from_config`, `open_store_model`."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
-import math
-import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +21,24 @@ from fuyou.building import (
     resolve_checkpoint,
     write_block,
 )
-from fuyou.checkpointing import checkpoint_json
 from fuyou.config import OffloadConfig
 from fuyou.errors import ConfigError, FuyouError, ModelError
 from fuyou.freezing import freeze
 from fuyou.hardware import HardwareProfile, cached_hardware
-from fuyou.html import StoreContents
 from fuyou.memory import return_freed_memory
 from fuyou.plan import Plan
 from fuyou.planner import PlanInputs, ShardSize
 from fuyou.planning import choose_device, plan_for, plan_inputs, shard_layouts, shard_sizes
 from fuyou.runtime import Runtime
+from fuyou.store_contents import (
+    DTYPES,
+    MOST_LAYERS,
+    check_layers,
+    fingerprint,
+    jsonable,
+    name_contents,
+    stored_config,
+)
 from fuyou.trace import Trace
 from io_engine import (
     BufferPool,
@@ -51,8 +54,6 @@ from io_engine import (
 )
 from io_engine.directories import make_directory
 from optim import OffloadedAdamW, ShardLayout
-
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def from_pretrained(
@@ -79,7 +80,7 @@ def from_pretrained(
 
     folder = resolve_checkpoint(name_or_path, revision)
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: no usable config.json ({str(error).splitlines()[0]})") from error
 
@@ -241,7 +242,7 @@ def inputs_of_run(
     if isinstance(config, str | os.PathLike):
         from transformers import AutoConfig
 
-        config = AutoConfig.from_pretrained(resolve_checkpoint(config))
+        config = AutoConfig.from_pretrained(resolve_checkpoint(config), trust_remote_code=False)
     device = hardware.device if hardware is not None else choose_device(offload)
     with model_of(config, DTYPES[offload.compute_dtype], make=shape_model) as model:
         blocks = find_blocks(model, offload.blocks)
@@ -272,10 +273,6 @@ def shards_of(config: Any) -> list[ShardSize]:
     return shard_sizes(blocks, layouts, lambda _name: True)
 
 
-MOST_LAYERS = 1_000
-"""Of a config; transformers makes modules for each of them, on the meta device too."""
-
-
 @contextlib.contextmanager
 def model_of(config: Any, dtype: torch.dtype, *, make: Any = meta_model, **kwargs: Any) -> Iterator[nn.Module]:
     """`meta_model` (or `shape_model`) of a config that may be anybody's: ModelError for whatever transformers raises."""
@@ -292,48 +289,6 @@ def model_of(config: Any, dtype: torch.dtype, *, make: Any = meta_model, **kwarg
                 f"({type(error).__name__}: {reason}): check its sizes"
             ) from error
         yield model
-
-
-def inspect_store(store: str | os.PathLike[str] | Sequence[str]) -> StoreContents:
-    """What a store holds, as JSON; takes no lock and writes nothing. StoreError if it is none."""
-    directories = OffloadConfig(store=store).store_directories
-    snapshot = Store.peek(directories)
-    shards = stored_shards(snapshot.description, directories[0])
-    return StoreContents(
-        {
-            "directories": [str(d) for d in directories],
-            "identity": snapshot.identity,
-            "step": snapshot.step,
-            "filled": bool(snapshot.state.get("filled")),
-            "numerics": snapshot.state.get("numerics", {}),
-            "optimizer": snapshot.state.get("optimizer", {}),
-            "num_parameters": sum(s.num_parameters for s in shards),
-            "size_bytes": snapshot.size_bytes,
-            "checkpoints": [checkpoint_json(checkpoint) for checkpoint in snapshot.checkpoints],
-            "notes": list(snapshot.notes),
-            "shards": [
-                {
-                    "name": s.name,
-                    "num_parameters": s.num_parameters,
-                    "weight_bytes": s.weight_bytes,
-                    "state_bytes": s.state_bytes if s.state_name in snapshot.slots else 0,
-                    "slot": snapshot.slots.get(s.weight_name, 0),
-                    "parameters": {p.name: list(p.shape) for p in s.parameters},
-                }
-                for s in shards
-            ],
-        }
-    )
-
-
-def verify_store(store: str | os.PathLike[str] | Sequence[str]) -> list[str]:
-    """Read everything committed and compare it with its checksums; a sentence for each problem. Takes the lock."""
-    directories = OffloadConfig(store=store).store_directories
-    with PosixEngine() as engine, Store.open(directories, engine=engine) as opened:
-        problems = opened.verify()
-        if not opened.state.get("filled"):
-            problems.append("the store was never filled: run the command that made it again")
-        return problems
 
 
 def _open(
@@ -400,6 +355,7 @@ def _open(
                 directory_bytes_per_second=_rates(directories, engine),
             )
         )
+        name_contents(store)
         names = set(store.names())
         wanted = [layout for layout in layouts.values() if layout.weight_name not in names]
         if not store.state.get("filled"):
@@ -418,7 +374,7 @@ def _open(
                     ExtentSpec(layout.weight_name, layout.weight_bytes, piece_bytes=layout.weight_piece_bytes)
                     for layout in wanted
                 ],
-                description=_jsonable(description),
+                description=jsonable(description),
                 prewrite=False,
             )
         numerics = _numerics(store, offload, seed, device)
@@ -611,104 +567,10 @@ def _load_generation_config(model: Any, folder: Path | None) -> None:
     model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
-def fingerprint(config: Any, model_class: str) -> str:
-    """Identifies an architecture: a hash of the model's class and config without what does not shape the weights."""
-    data = {
-        k: v
-        for k, v in config.to_dict().items()
-        if k not in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache")
-        and not k.startswith("_")
-    }
-    text = json.dumps({"class": model_class, "config": data}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def stored_config(description: Mapping[str, Any], identity: Mapping[str, Any], directory: Path) -> Any:
-    """The transformers config in a store; StoreError if it is not the one that the store was made for."""
-    from transformers import AutoConfig
-
-    try:
-        data = _from_jsonable(description["config"])
-        check_layers(data, len(description["shards"]))
-        config = AutoConfig.for_model(data.pop("model_type"), **data)
-        if fingerprint(config, description["model"]) != identity["fingerprint"]:
-            raise ValueError("it is not the one that the store was made for")
-        if description["compute_dtype"] not in DTYPES:
-            raise ValueError("compute_dtype is none")
-    except Exception as error:  # configs of many authors check their fields in many ways
-        raise StoreError(
-            f"{directory}: the model's config in its layout is unusable ({type(error).__name__}: {str(error)[:200]}): "
-            "restore the store from a backup"
-        ) from None
-    return config
-
-
-def check_layers(data: Mapping[str, Any], most: int) -> None:
-    """ValueError for a config of more layers than that, before anything is made for each."""
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            check_layers(value, most)
-        elif (
-            key in ("num_hidden_layers", "n_layer", "num_layers") and value is not None and not 0 <= int(value) <= most
-        ):
-            raise ValueError(f"{key}={value}: expected at most {most}")
-
-
-def _checked_shard(data: Any) -> ShardLayout:
-    """A shard's layout; KeyError, TypeError or ValueError for one whose numbers do not go together."""
-    shapes = {str(p["name"]): tuple(map(operator.index, p["shape"])) for p in data["parameters"]}
-    # Before numpy multiplies them, in 64 bits.
-    if any(size < 0 for shape in shapes.values() for size in shape) or max(map(math.prod, shapes.values())) >= 2**50:
-        raise ValueError("a shape is negative or absurd")
-    layout = ShardLayout.from_json(data)
-    made = ShardLayout.of(
-        str(data["name"]), shapes, layout.compute_dtype, operator.index(layout.chunk_elements), layout.moment_dtype
-    )
-    if layout != made:
-        raise ValueError(f"the parameters of {made.name[:80]} do not lie where they should")
-    return made
-
-
-def stored_shards(description: Mapping[str, Any], directory: Path) -> list[ShardLayout]:
-    """The layouts of a store's shards; StoreError if what describes them was not written by us."""
-    try:
-        return [_checked_shard(shard) for shard in description.get("shards", [])]
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise StoreError(
-            f"{directory}: what its layout says of shards is unusable ({type(error).__name__}: {str(error)[:80]}); it was "
-            "made by another program, or by hand: restore it from a backup"
-        ) from None
-
-
-_SPECIAL_FLOAT = "__float__"
-"""Key of what stands for a number that JSON lacks, as in transformers' own config files."""
-
-
-def _jsonable(data: Any) -> Any:
-    """`data` in strict JSON's types: what is unknown as its string, infinity as {"__float__": "inf"}."""
-    if isinstance(data, Mapping):
-        return {str(key): _jsonable(value) for key, value in data.items()}
-    if isinstance(data, (list, tuple)):
-        return [_jsonable(value) for value in data]
-    if isinstance(data, float) and not math.isfinite(data):
-        return {_SPECIAL_FLOAT: str(data)}
-    return data if data is None or isinstance(data, (bool, int, float, str)) else str(data)
-
-
-def _from_jsonable(data: Any) -> Any:
-    if isinstance(data, Mapping):
-        if data.keys() == {_SPECIAL_FLOAT}:
-            return float(data[_SPECIAL_FLOAT])
-        return {key: _from_jsonable(value) for key, value in data.items()}
-    return [_from_jsonable(value) for value in data] if isinstance(data, list) else data
-
-
 __all__ = [
     "adamw",
     "from_config",
     "from_pretrained",
-    "inspect_store",
     "open_store_model",
     "plan_model",
-    "verify_store",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from fuyou.errors import ConfigError, DataError
@@ -75,11 +76,28 @@ def load_tokenizer(name: str, *, revision: str | None = None) -> Tokenizer:
     import transformers
 
     try:
-        return HuggingFaceTokenizer(transformers.AutoTokenizer.from_pretrained(name, revision=revision))
+        return HuggingFaceTokenizer(
+            transformers.AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise DataError(
             f"no tokenizer can be loaded from {name!r}: {first_line(error)}. Name another one with data.tokenizer"
         ) from None
+
+
+def save_tokenizer(name: str, folder: Path) -> str | None:
+    """Save the tokenizer of a folder, or of a hub name that is on this machine already, to `folder`; returns `name`.
+
+    None if there is none: a model with random weights has none, and what a store names may be gone.
+    """
+    import transformers
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except Exception:  # files of many authors fail in many ways
+        return None
+    tokenizer.save_pretrained(folder)
+    return name
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,7 +54,7 @@ def model_config(recipe: Recipe) -> Any:
     assert recipe.model.name_or_path is not None
     folder = resolve_checkpoint(recipe.model.name_or_path, recipe.model.revision)
     try:
-        return transformers.AutoConfig.from_pretrained(folder)
+        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: no usable config.json ({_first_sentence(error)})") from None
 
@@ -64,7 +64,7 @@ _LARGEST_SIZE = 1 << 24
 
 
 def _check_sizes(values: Mapping[str, Any]) -> None:
-    from fuyou.opening import MOST_LAYERS, check_layers
+    from fuyou.store_contents import MOST_LAYERS, check_layers
 
     check_layers(values, MOST_LAYERS)
     for name, value in values.items():

@@ -27,7 +27,7 @@ from io_engine.layout import DataFile, Layout, PlacedExtent
 from io_engine.manifest import Committed, check_format
 from io_engine.schema import check_checksums, checked_layout, fields_of
 from io_engine.space import check_space
-from io_engine.verify import CHUNK_BYTES, copy_extent, describe_damage
+from io_engine.verify import CHUNK_BYTES, copy_extent
 
 CHECKPOINT_FILE = re.compile(r"checkpoint-(\d+)\.json")
 CHECKPOINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -139,12 +139,18 @@ def checkpoint_layout(layout: Layout, slots: Mapping[str, int], number: int) -> 
 
 
 def make_checkpoint(
-    committed: Committed, name: str, number: int, directories: Sequence[str], engine: Engine, way_out: Callable[[], str]
+    committed: Committed,
+    name: str,
+    number: int,
+    directories: Sequence[str],
+    engine: Engine,
+    damaged: Callable[[str, Extent, int, int], StoreCorruptError],
 ) -> Checkpoint:
     """Copy the active slots and make the copy durable; blocks. On any failure nothing of it is left.
 
     Shares blocks (FICLONERANGE) in directories whose file system does that; elsewhere the engine copies, and checks
-    what it copies. OSError(ENOSPC) before anything is written, StoreCorruptError for data that are not as committed.
+    what it copies. OSError(ENOSPC) before anything is written; for data that are not as committed the error that
+    `damaged` makes of the extent's name, its place, and the offset and length of the piece.
     """
     manifest, source = committed.manifest, committed.layout
     layout = checkpoint_layout(source, manifest.slots, number)
@@ -167,7 +173,7 @@ def make_checkpoint(
                 stored = manifest.checksums.get(extent_name)
                 damage = copy_extent(engine, old, new, placed.num_bytes, placed.piece_bytes, stored, pool)
                 if damage:
-                    raise StoreCorruptError(f"{describe_damage(extent_name, old, *damage[0])}. {way_out()}")
+                    raise damaged(extent_name, old, *damage[0])
         for path in made:
             engine.sync(path)
             engine.forget(path)

@@ -14,9 +14,9 @@ import os
 import threading
 import time
 import uuid as uuid_module
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 
@@ -48,6 +48,7 @@ from io_engine.durable import (
 from io_engine.engine import Engine
 from io_engine.errors import StoreCorruptError, StoreError
 from io_engine.extents import Extent
+from io_engine.inventory import StoreFile, list_files
 from io_engine.layout import ExtentSpec, Layout, PlacedExtent, extend_layout
 from io_engine.lock import StoreLock
 from io_engine.manifest import (
@@ -88,6 +89,8 @@ class StoreSnapshot:
     checksums: Mapping[str, str]
     size_bytes: int
     checkpoints: tuple[Checkpoint, ...]
+    files: tuple[StoreFile, ...] = field(compare=False)
+    """In its directories, whoever made them; they come and go without changing what the store holds."""
     notes: tuple[str, ...]
 
 
@@ -122,6 +125,8 @@ class Store:
         """Sentences on what was found and repaired at opening."""
         self.committed_seconds = 0.0
         """How long the last `commit` took."""
+        self.contents: Callable[[str, int, int], Sequence[str]] = lambda _name, _begin_bytes, _num_bytes: ()
+        """Names what lies in so many bytes of an extent, for messages; set by whoever knows what the extents mean."""
 
     # ---- making, opening, closing
 
@@ -224,6 +229,7 @@ class Store:
             checksums=manifest.checksums,
             size_bytes=sum(file.num_bytes for file in layout.files),
             checkpoints=tuple(checkpoints),
+            files=list_files(paths, committed, checkpoints, problems.keys()),
             notes=(*(() if note is None else (note,)), *problems.values()),
         )
 
@@ -643,7 +649,7 @@ class Store:
                     "a letter or digit first"
                 )
             made = make_checkpoint(
-                self._committed, name, self._next_generation(), self._directories, self._engine, self.way_out
+                self._committed, name, self._next_generation(), self._directories, self._engine, self.damaged
             )
             replaced = [checkpoint for checkpoint in self._checkpoints if checkpoint.name == name]
             self._checkpoints.append(made)
@@ -705,7 +711,7 @@ class Store:
         damage = copy_extent(self._engine, source, target, placed.num_bytes, placed.piece_bytes, stored, pool)
         if damage:
             raise StoreCorruptError(
-                f"the checkpoint {checkpoint.name!r} cannot be restored: {describe_damage(name, source, *damage[0])}; "
+                f"the checkpoint {checkpoint.name!r} cannot be restored: {self.describe_damage(name, source, *damage[0])}; "
                 "take another one, or a backup"
             )
         return target_slot
@@ -720,6 +726,14 @@ class Store:
     def _delete(self, checkpoint: Checkpoint) -> None:
         delete_checkpoint(checkpoint, self._directories, self._engine)
         self._checkpoints.remove(checkpoint)
+
+    def describe_damage(self, name: str, extent: Extent, begin_bytes: int, num_bytes: int) -> str:
+        """Say which bytes of an extent differ, in the slot or copy that is `extent`, and what they are."""
+        return describe_damage(name, extent, begin_bytes, num_bytes, self.contents(name, begin_bytes, num_bytes))
+
+    def damaged(self, name: str, extent: Extent, begin_bytes: int, num_bytes: int) -> StoreCorruptError:
+        """Return the error that says so, and how to go on."""
+        return StoreCorruptError(f"{self.describe_damage(name, extent, begin_bytes, num_bytes)}. {self.way_out()}")
 
     def way_out(self) -> str:
         """Say how to go on with damaged data."""
@@ -762,5 +776,5 @@ class Store:
                 except (OSError, ValueError) as error:
                     problems.append(f"{where} cannot be checked: {error}")
                     continue
-                problems += [describe_damage(name, extent, *piece) for piece in damage]
+                problems += [self.describe_damage(name, extent, *piece) for piece in damage]
         return problems

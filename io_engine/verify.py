@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import xxhash
@@ -95,15 +95,16 @@ class _Comparison:
         return self._damage
 
 
-def describe_damage(name: str, extent: Extent, begin_bytes: int, num_bytes: int) -> str:
-    """Say which bytes differ: of which extent, and where they lie."""
+def describe_damage(name: str, extent: Extent, begin_bytes: int, num_bytes: int, contents: Sequence[str] = ()) -> str:
+    """Say which bytes differ: of which extent, where they lie, and what they are, if `contents` names that."""
     end_bytes = min(round_up(begin_bytes + num_bytes, ALIGNMENT_BYTES), extent.num_bytes)
     start_bytes = begin_bytes // ALIGNMENT_BYTES * ALIGNMENT_BYTES
     places = extent.sub(start_bytes, end_bytes - start_bytes).segments
     where = ", ".join(f"{place.num_bytes} at offset {place.offset_bytes} of {place.path}" for place in places[:3])
+    of = f", of {', '.join(contents[:4])}{' ...' if len(contents) > 4 else ''}," if contents else ""
     return (
         f"extent {name!r} is damaged: its bytes {begin_bytes} to {begin_bytes + num_bytes} ({where}"
-        f"{' ...' if len(places) > 3 else ''}) are not those that were committed"
+        f"{' ...' if len(places) > 3 else ''}){of} are not those that were committed"
     )
 
 

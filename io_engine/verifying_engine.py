@@ -12,7 +12,6 @@ from io_engine.engine import Engine, Transfer
 from io_engine.errors import StoreCorruptError
 from io_engine.extents import ALIGNMENT_BYTES, Extent, round_up
 from io_engine.store import Store
-from io_engine.verify import describe_damage
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,7 @@ class VerifyingEngine:
         """For reads that have ended well: StoreCorruptError for the first piece that is not as committed."""
         for place, begin_bytes, piece in pieces:
             if piece_digest(array[begin_bytes : begin_bytes + piece.num_bytes]) != piece.digest:
-                damage = describe_damage(piece.name, piece.whole, piece.begin_bytes, piece.num_bytes)
-                raise StoreCorruptError(f"{damage}. {self._store.way_out()}")
+                raise self._store.damaged(piece.name, piece.whole, piece.begin_bytes, piece.num_bytes)
             self._unread.discard(place)
 
     def __getattr__(self, name: str) -> Any:

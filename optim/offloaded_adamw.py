@@ -722,7 +722,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
     def _state_to_commit(self) -> dict[str, Any]:
         extra, self._next_extra = self._next_extra, {}
-        return self._counts.to_json() | {"extra": extra}
+        return self._counts.to_json() | {"extra": extra, "commit_every_steps": self._commit_every_steps or 1}
 
     def _end_step(self, pending: dict[str, PendingUpdate], jobs: dict[str, UpdateJob]) -> None:
         """The step taken is made of these updates, those that have begun among `jobs`: queue its commit behind them."""

@@ -7,12 +7,26 @@ and first of all ratios. Each module here has `SUMMARY`, `add_arguments(parser)`
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
 
+from fuyou.errors import ConfigError
+
 MIN_REPEATS = 9
 """Turns of each contestant; fewer give medians that wander."""
+
+
+def existing_directory(directory: str) -> str:
+    """The absolute path of a directory to be measured; ConfigError if there is none: it is not made, since a mistyped
+    path would be measured on another drive.
+    """
+    path = os.path.abspath(directory)
+    if not os.path.isdir(path):
+        what = "is not a directory" if os.path.exists(path) else "does not exist"
+        raise ConfigError(f"{path} {what}: name an existing directory on the drive to measure")
+    return path
 
 
 def take_turns(

@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fuyou.bench import MIN_REPEATS, median_ratio, spread, take_turns
+from fuyou.bench import MIN_REPEATS, existing_directory, median_ratio, spread, take_turns
 from fuyou.config import format_bytes, parse_bytes
 from fuyou.errors import ConfigError
 
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from io_engine import ALIGNMENT_BYTES, PosixEngine, round_up
     from io_engine.space import check_space
 
-    directories = [os.path.abspath(directory) for directory in options.directories]
+    directories = [existing_directory(directory) for directory in options.directories]
     if options.rounds < 1 or options.seconds < 0:
         raise ConfigError("bench io: --rounds must be at least 1 and --seconds not negative")
     if len({os.path.realpath(directory) for directory in directories}) != len(directories):

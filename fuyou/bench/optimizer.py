@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fuyou.bench import MIN_REPEATS, median_ratio, spread, take_turns
+from fuyou.bench import MIN_REPEATS, existing_directory, median_ratio, spread, take_turns
 
 if TYPE_CHECKING:
     from io_engine import Engine, Extent, Store, Transfer
@@ -39,8 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure; blocks for a minute or two. Makes a store in a temporary folder of the directory."""
-    with tempfile.TemporaryDirectory(prefix="fuyou-bench-", dir=options.directory) as folder:
+    """Measure; blocks for a minute or two. Makes a store in a temporary folder of the directory.
+
+    ConfigError if there is no such directory, OSError from the drive.
+    """
+    with tempfile.TemporaryDirectory(prefix="fuyou-bench-", dir=existing_directory(options.directory)) as folder:
         return _measure(Path(folder), options)
 
 

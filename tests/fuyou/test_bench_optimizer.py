@@ -23,6 +23,8 @@ def test_bench_optimizer(moment_dtype: str, bytes_per_parameter: float, tmp_path
         assert found[name]["bytes_per_second"] == pytest.approx(found["bytes_moved"] / found[name]["seconds"])
     assert found["ratio"] > 0
     assert list(tmp_path.iterdir()) == []
+    assert main(["bench", "optimizer", str(tmp_path / "missing")]) == 2
+    assert f"{tmp_path}/missing does not exist" in capsys.readouterr().err
     assert main(["bench", "optimizer", str(tmp_path), *arguments]) == 0
     assert "ratio to the limit" in capsys.readouterr().out
 

@@ -197,6 +197,8 @@ def test_a_flipped_bit_never_reaches_the_weights(name: str, window: str, store_o
     message = str(caught.value)
     assert f"{name!r} is damaged: its bytes 0 to " in message
     assert f"at offset {offset} of {path}" in message
+    shard = next(s for s in fuyou.inspect_store(store)["shards"] if s["name"] == name.rpartition("/")[0])
+    assert f", of {next(iter(shard['parameters']))}" in message
     assert "step-2 (step 2), with `fuyou checkpoint STORE --restore NAME`" in message
     assert Store.peek(store).step == 3
     assert any(name in problem for problem in fuyou.verify_store(store))

@@ -71,7 +71,10 @@ def test_same_bits_and_no_traffic_between_commits(each_step: Any, tmp_path: Path
     assert committed[:4] == [0] * 4
     assert committed[5:8] == [4] * 3
     assert committed[9:] == [8]
-    assert fuyou.inspect_store(tmp_path / "store")["step"] == NUM_STEPS
+    found = fuyou.inspect_store(tmp_path / "store")
+    assert found["step"] == NUM_STEPS
+    assert found["crash"].startswith("costs at most ")
+    assert "every step" not in found["crash"]
     assert fuyou.verify_store(tmp_path / "store") == []
     assert_same(exported(tmp_path / "store", tmp_path / "out"), weights)
 

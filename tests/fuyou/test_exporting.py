@@ -14,14 +14,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import fuyou
 from fuyou.blocks import Block, find_blocks
 from fuyou.cli import main
-from fuyou.distributed_export import export_distributed
 from fuyou.exporting import export_checkpoint
+from fuyou.master_export import export_distributed
+from fuyou.tokenizing import save_tokenizer
 from io_engine import Store, StoreCorruptError
+from tests.fuyou.test_data import word_tokenizer
 from tests.tiny_models import tiny_batches, tiny_model, tiny_model_config
 
 
@@ -256,12 +258,12 @@ def test_dcp_over_what_is_there_and_of_what_is_damaged(tmp_path: Path, monkeypat
 
 def test_dcp_holds_one_parameter_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is read once, and the one before was let go by then."""
-    from fuyou import distributed_export
+    from fuyou import master_export
 
     trained_store("llama_tied", "bfloat16", tmp_path / "store")[0].fuyou.close()
     alive: list[Any] = []
     num_read = 0
-    real = distributed_export._Reader._values
+    real = master_export._Reader._values
 
     def values(self: Any, name: str) -> dict[str, torch.Tensor]:
         nonlocal num_read
@@ -272,9 +274,62 @@ def test_dcp_holds_one_parameter_at_a_time(tmp_path: Path, monkeypatch: pytest.M
         alive[:] = [*alive, weakref.ref(made["exp_avg_sq"])]
         return made
 
-    monkeypatch.setattr(distributed_export._Reader, "_values", values)
+    monkeypatch.setattr(master_export._Reader, "_values", values)
     export_distributed(tmp_path / "store", tmp_path / "out")
     assert num_read == len(list(tiny_model("llama_tied").parameters()))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("llama_tied", "bfloat16"), ("mixtral", "float32")])
+def test_masters_as_a_plain_checkpoint(name: str, dtype: str, tmp_path: Path) -> None:
+    """The float32 values that Adam updates, under the names of a checkpoint; frozen parameters as they are."""
+    streamed, ours, _ = trained_store(name, dtype, tmp_path / "store", [r"model\.layers\.1\..*"])
+    with streamed.fuyou:
+        streamed.save_pretrained(str(tmp_path / "weights"))
+        expected = {n: ours.state_of(n).master for n, p in streamed.named_parameters() if p.requires_grad}
+    assert main(["export", str(tmp_path / "store"), str(tmp_path / "out"), "--masters"]) == 0
+    weights, masters = (
+        dict(AutoModelForCausalLM.from_pretrained(tmp_path / f, dtype="auto").named_parameters())
+        for f in ("weights", "out")
+    )
+    assert masters.keys() == weights.keys()
+    assert expected
+    for n, parameter in masters.items():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, expected[n] if n in expected else weights[n].float()), n
+    assert main(["export", str(tmp_path / "store"), str(tmp_path / "no"), "--masters", "--format", "dcp"]) == 2
+
+
+def test_exports_have_the_tokenizer_of_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """If it is still there."""
+    tiny_model("llama").save_pretrained(tmp_path / "start")
+    tokenizer = word_tokenizer().tokenizer
+    tokenizer.save_pretrained(tmp_path / "start")
+    offload = fuyou.OffloadConfig(store=tmp_path / "store", device="cpu", host_memory="64MiB")
+    fuyou.from_pretrained(tmp_path / "start", offload=offload).fuyou.close()
+    assert main(["export", str(tmp_path / "store"), str(tmp_path / "with")]) == 0
+    assert f"with the tokenizer of {tmp_path / 'start'}\n" in capsys.readouterr().out
+    found = AutoTokenizer.from_pretrained(tmp_path / "with")
+    assert found.get_vocab() == tokenizer.get_vocab()
+    assert found.chat_template == tokenizer.chat_template
+    (tmp_path / "start").rename(tmp_path / "gone")
+    assert main(["export", str(tmp_path / "store"), str(tmp_path / "without"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokenizer"] is None
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor is anybody asked whether it may be."""
+    config = {
+        "model_type": "theirs",
+        "auto_map": {"AutoConfig": "theirs.Config", "AutoModelForCausalLM": "theirs.Model"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "theirs.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    offload = fuyou.OffloadConfig(store=tmp_path / "store", device="cpu", host_memory="64MiB")
+    with pytest.raises(fuyou.ModelError, match=r"config\.json"):
+        fuyou.from_pretrained(tmp_path, offload=offload)
+    assert save_tokenizer(str(tmp_path), tmp_path / "out") is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "theirs.py"]
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("name", ["llama_tied", "mixtral"])

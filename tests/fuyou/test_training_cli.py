@@ -53,6 +53,10 @@ def small_and_private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     patch.undo()
 
 
+EVERY_STEP = ("--set", "offload.durability=step")
+"""Else these runs, which fit into memory, are planned to be committed now and then."""
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that was never stopped."""
@@ -101,10 +105,16 @@ def test_inspect_verify_and_export(uninterrupted: Path, tmp_path: Path, capsys: 
     assert main(["inspect", store, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == NUM_STEPS
     assert main(["inspect", store]) == 0
-    assert f"step: {NUM_STEPS}\n" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert f"step: {NUM_STEPS}\n" in shown
+    assert "\ncrash: costs at most " in shown
+    for file in (uninterrupted / "store").iterdir():
+        assert f"{file}:\n" in shown
+    assert "none of the store's" not in shown
     assert main(["verify", store]) == 0
     assert capsys.readouterr().out == "all data is as it was written\n"
     assert main(["export", store, str(tmp_path / "exported")]) == 0
+    assert "without a tokenizer" in capsys.readouterr().out
     exported, trained = tmp_path / "exported", uninterrupted / "out" / "model"
     names = [path.name for path in sorted(trained.glob("*.safetensors"))]
     assert names
@@ -225,7 +235,7 @@ def test_a_run_that_was_ended_by_a_signal_resumes(uninterrupted: Path, tmp_path:
     # Many steps, so that the signal arrives in the middle; only the first few are compared.
     recipe = write_recipe(tmp_path)
     with TrainingProcess(
-        recipe, "--set", "training.max_steps=100000", "--set", "training.lr_scheduler_type=constant"
+        recipe, *EVERY_STEP, "--set", "training.max_steps=100000", "--set", "training.lr_scheduler_type=constant"
     ) as run:
         run.wait_for_step(3)
         code, errors = run.end_by(number)
@@ -266,11 +276,20 @@ def test_an_error_in_the_middle_leaves_a_store_that_resumes(
 
     recipe = write_recipe(tmp_path)
     monkeypatch.setattr(metrics_module.MetricsFile, "write", full)
-    assert train(recipe) == 1
+    assert train(recipe, *EVERY_STEP) == 1
     assert "No space left on device" in capsys.readouterr().err
     monkeypatch.undo()
     assert train(recipe) == 0
     assert same_numbers(metrics(tmp_path)) == same_numbers(metrics(uninterrupted))
+
+
+def test_a_moved_store_continues(uninterrupted: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    assert train(recipe, "--steps", "2") == 0
+    (tmp_path / "store").rename(tmp_path / "other drive")
+    assert train(recipe, "--resume", "must", "--store", str(tmp_path / "other drive")) == 0
+    assert same_numbers(metrics(tmp_path)) == same_numbers(metrics(uninterrupted))
+    assert not (tmp_path / "store").exists()
 
 
 def test_a_new_run_puts_older_metrics_aside(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
-"""A run as a checkpoint of torch.distributed.checkpoint, so that it can move to FSDP2 on a cluster."""
+"""Exports of the float32 masters: plain safetensors, and torch.distributed.checkpoint with Adam's states, for FSDP2 on a cluster."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from fuyou.config import OffloadConfig
+from fuyou.blocks import Block, find_blocks
 from fuyou.errors import ModelError
-from fuyou.opening import DTYPES, model_of, stored_config, stored_shards
-from io_engine import BufferPool, PosixEngine, Store, VerifyingEngine
+from fuyou.exporting import export_checkpoint
+from fuyou.opening import model_of
+from fuyou.store_contents import DTYPES, Directories, opened_store, stored_config, stored_shards
+from io_engine import BufferPool, Store, VerifyingEngine
 from optim import ShardLayout
 from optim.layout import ParameterSlot
 from optim.states import StateFiles
@@ -30,9 +33,7 @@ from optim.steps import StepCounts
 _Values = dict[str, torch.Tensor]
 
 
-def export_distributed(
-    store: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], folder: str | os.PathLike[str]
-) -> int:
+def export_distributed(store: Directories, folder: str | os.PathLike[str]) -> int:
     """Write a store's weights and Adam states to `folder` for `torch.distributed.checkpoint.load`; returns the step.
 
     The keys are those of `{"model": model.state_dict(), "optim": {"state": ...}}`, the latter as
@@ -46,29 +47,48 @@ def export_distributed(
     path = Path(folder).expanduser()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ModelError(f"{path} exists and is not an empty folder: name a new one")
-    directories = OffloadConfig(store=store).store_directories
-    with PosixEngine() as engine, Store.open(directories, engine=engine) as opened:
+    with _parameters_of(store) as (model, reader, step):
+        try:
+            _save(model, reader, path)
+            model.config.save_pretrained(path)
+        except CheckpointException as error:  # around what happened in here, with its traceback as text
+            shutil.rmtree(path, ignore_errors=True)
+            raise next(iter(error.failures.values()))[0] from None
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)  # which was not there, or empty
+            raise
+    return step
+
+
+def export_masters(store: Directories, folder: str | os.PathLike[str]) -> int:
+    """As `export_checkpoint`, with float32 masters instead of the weights of compute; returns the step.
+
+    Blocks; holds one block's masters and one parameter's moments in host memory. Takes the store's lock and changes
+    nothing in it. ModelError, StoreError, StoreCorruptError, OSError.
+    """
+    with _parameters_of(store) as (model, reader, step):
+
+        def read_block(block: Block) -> _Values:
+            return {name: reader.read(name, "weight") for name in block.parameters}
+
+        export_checkpoint(model, find_blocks(model, reader.blocks_path), read_block, folder)
+    return step
+
+
+@contextlib.contextmanager
+def _parameters_of(store: Directories) -> Iterator[tuple[Any, _Reader, int]]:
+    """The model in a store, float32 on the meta device, what reads its parameters, and the committed step."""
+    with opened_store(store) as (opened, engine):
+        directory = Path(opened.directories[0])
         if not opened.state.get("filled"):
-            raise ModelError(f"the store in {directories[0]} was never filled: there is nothing to export")
+            raise ModelError(f"the store in {directory} was never filled: there is nothing to export")
         description = opened.description
-        config = stored_config(description, opened.identity, directories[0])
-        shards = stored_shards(description, directories[0])
+        config = stored_config(description, opened.identity, directory)
+        shards = stored_shards(description, directory)
         chunk_bytes = max(max(shard.weight_range(0)[1], shard.full_record_bytes) for shard in shards)
-        with (
-            model_of(config, DTYPES[description["compute_dtype"]]) as model,
-            BufferPool(chunk_bytes + 2**21, name="export") as pool,
-        ):
+        with model_of(config, torch.float32) as model, BufferPool(chunk_bytes + 2**21, name="export") as pool:
             reader = _Reader(opened, VerifyingEngine(engine, opened), pool, shards)
-            try:
-                _save(model, reader, path)
-                config.save_pretrained(path)
-            except CheckpointException as error:  # around what happened in here, with its traceback as text
-                shutil.rmtree(path, ignore_errors=True)
-                raise next(iter(error.failures.values()))[0] from None
-            except BaseException:
-                shutil.rmtree(path, ignore_errors=True)  # which was not there, or empty
-                raise
-        return opened.step
+            yield model, reader, opened.step
 
 
 class _Reader:
@@ -83,6 +103,7 @@ class _Reader:
         untrained = (s.name for shard in shards if shard.state_name not in store.checksums for s in shard.parameters)
         self._counts = StepCounts(store.state.get("optimizer", {}), untrained)
         self._current: tuple[str, _Values] = ("", {})
+        self.blocks_path: str | None = store.description.get("blocks_path")
 
     def fields(self, name: str) -> tuple[str, ...]:
         """What there is of a parameter."""
