@@ -82,6 +82,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from fuyou.config import parse_bytes
     from fuyou.hardware import cached_hardware, measure_hardware
+    from fuyou.lora import lora_config
     from fuyou.opening import inputs_of_run
     from fuyou.plan_report import nearest_settings, report_plan
     from fuyou.planning import choose_device, plan_for
@@ -112,6 +113,7 @@ def _plan(options: argparse.Namespace) -> int:
         hardware=hardware,
         trainable=recipe.trainable,
         elsewhere=options.hardware is not None,
+        lora=None if recipe.lora is None else lora_config(recipe.lora.model_dump()),
     )
     try:
         plan = plan_for(inputs, offload)
@@ -223,6 +225,10 @@ def _export(options: argparse.Namespace) -> int:
     import fuyou
 
     out = Path(options.out).expanduser()
+    if options.merge and options.format != "safetensors":
+        raise ConfigError(
+            f"--merge with --format {options.format}: merged weights have no optimizer states, leave one out"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder: name a new one")
     if options.format == "dcp":
@@ -236,10 +242,23 @@ def _export(options: argparse.Namespace) -> int:
         return EXIT_DONE
     model = fuyou.open_store_model(_directories(options), host_memory=options.host_memory)
     with model.fuyou:
-        model.save_pretrained(str(out))
+        adapters = hasattr(model, "peft_config")
+        if options.merge:
+            if not adapters:
+                raise ConfigError("--merge: this store trains no adapters, its weights are whole; leave it out")
+            model.fuyou.export(str(out), merge=True)
+        else:
+            model.save_pretrained(str(out))
         step = model.fuyou.committed_step
+    what = "adapter" if adapters and not options.merge else "merged model" if adapters else "model"
     if options.json:
-        _print_json({"out": str(out), "step": step})
+        _print_json({"out": str(out), "step": step, "what": what})
+        return EXIT_DONE
+    if what == "adapter":
+        print(
+            f"the adapter of step {step} written to {out}; load it with peft.PeftModel.from_pretrained(base, {str(out)!r})"
+        )
+        print("--merge writes the whole model with the adapter merged into it")
     else:
         print(
             f"step {step} written to {out}; load it with "
@@ -382,6 +401,9 @@ def _parser() -> argparse.ArgumentParser:
                 help="dcp: weights and Adam states for torch.distributed.checkpoint (safetensors)",
             )
             sub.add_argument("--host-memory", metavar="SIZE", help='budget, such as "8GiB"')
+            sub.add_argument(
+                "--merge", action="store_true", help="adapters merged into the model (otherwise the adapter alone)"
+            )
         sub.add_argument(
             "--also",
             action="append",

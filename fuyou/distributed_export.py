@@ -50,6 +50,11 @@ def export_distributed(
     with PosixEngine() as engine, Store.open(directories, engine=engine) as opened:
         if not opened.state.get("filled"):
             raise ModelError(f"the store in {directories[0]} was never filled: there is nothing to export")
+        if opened.state.get("adapters") is not None:
+            raise ModelError(
+                f"the run in {directories[0]} trains adapters beside a frozen base: export them in peft's format, or the merged "
+                "model (fuyou export STORE OUT, with or without --merge)"
+            )
         description = opened.description
         config = stored_config(description, opened.identity, directories[0])
         shards = stored_shards(description, directories[0])
