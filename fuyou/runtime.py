@@ -387,16 +387,19 @@ class Runtime:
         base = self._parameters
         seen = {id(p) for p in (*base.values(), *self._added.values())}
         added = {name: p for name, p in self._model.named_parameters() if id(p) not in seen}
-        if not added:
-            return
-        if self.optimizer is not None:
-            raise ModelError(
-                f"{len(added)} parameters (first {next(iter(added))}) were added to the model after fuyou.AdamW was made: they "
-                "would not be trained. Add adapters first"
-            )
-        with self._weights_of_last_step():
-            prepare(self._model, self.blocks, added, base, self._executor.bound_block)
-        self._added |= added
+        if self.optimizer is not None and torch.is_grad_enabled():
+            # Those that need no gradient, as trl's adapter of reference, may come at any time.
+            trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+            late = [n for n, p in (self._added | added).items() if p.requires_grad and id(p) not in trained]
+            if late:
+                raise ModelError(
+                    f"{len(late)} parameters (first {late[0]}) require gradients but were added to the model after fuyou.AdamW was "
+                    "made: they would not be trained. Add adapters first"
+                )
+        if added:
+            with self._weights_of_last_step():
+                prepare(self._model, self.blocks, added, base, self._executor.bound_block)
+            self._added |= added
 
     def _build_pools(self, adapters: Sequence[ShardLayout] = ()) -> None:
         if self._pools:

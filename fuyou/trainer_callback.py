@@ -181,6 +181,7 @@ def _write_checkpoint(folder: Path, optimizer: OffloadedAdamW, model: Any) -> No
         torch.save(_loaded_random_states(committed["random"]), partial / "rng_state.pth")
         if hasattr(model, "peft_config"):
             model.save_pretrained(partial)  # Trainer loads them into the model, which has these very values
+            _take_over_frozen_adapters(partial, last, optimizer)
         else:
             # Trainer wants a file of weights; with none in it nothing is loaded into a model whose store has them.
             save_file({}, partial / "model.safetensors", metadata={"format": "pt"})
@@ -190,6 +191,23 @@ def _write_checkpoint(folder: Path, optimizer: OffloadedAdamW, model: Any) -> No
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _take_over_frozen_adapters(folder: Path, last: str | None, optimizer: OffloadedAdamW) -> None:
+    """Adapters that are not trained (trl's copy for reference) are as an earlier checkpoint has them, not as made anew.
+
+    ConfigError if there is none: the copy would be of the adapter as it is now.
+    """
+    for frozen in [entry for entry in folder.iterdir() if entry.is_dir()]:
+        earlier = None if last is None else Path(last) / frozen.name
+        if earlier is None or not earlier.is_dir():
+            raise ConfigError(
+                f"the store stands at step {optimizer.step_count}, and no checkpoint of Trainer's in {folder.parent} holds the "
+                f"adapter {frozen.name!r} that is not trained: a copy made now would not be that of the run's beginning. Set "
+                "save_steps so that one is written early, or begin a new run in another store"
+            )
+        shutil.rmtree(frozen)
+        shutil.copytree(earlier, frozen)
 
 
 def _catch_up(scheduler: Any) -> None:
