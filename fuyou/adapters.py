@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from fuyou.blocks import EPILOGUE, ModelBlocks
@@ -230,6 +231,11 @@ def record_pool_bytes(layouts: Sequence[ShardLayout]) -> int:
     return 2 * max((pooled_bytes(s.full_record_bytes) for s in layouts), default=0)
 
 
+def host_bytes(layouts: Sequence[ShardLayout]) -> int:
+    """All host memory for these shards."""
+    return pool_bytes(layouts) + gradient_pool_bytes(layouts) + record_pool_bytes(layouts)
+
+
 class ResidentAdapters:
     """Trained adapters: their shards in the store, their weights and states in host memory, values on the device.
 
@@ -318,14 +324,16 @@ class ResidentAdapters:
         self._jobs.clear()
 
     def _to_parameters(self, layout: ShardLayout) -> None:
-        array = self._weights[layout.name].array[: layout.weight_bytes]
-        if layout.compute_dtype == "bfloat16":
-            flat = torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        else:
-            flat = torch.from_numpy(array.view(np.float32))
-        for slot in layout.parameters:
-            # A copy: the buffer is written into while a graph may hold the parameter.
-            self._parameters[slot.name].data.copy_(flat[slot.start : slot.stop].view(slot.shape))
+        read_values(layout, self._weights[layout.name].array[: layout.weight_bytes], self._parameters)
+
+    def differing(self) -> str | None:
+        """The name of a parameter into which somebody has put other values than its shard has; None for none."""
+        for name, layout in self.layouts.items():
+            flat = _flat(layout, self._weights[name].array[: layout.weight_bytes])
+            for slot in layout.parameters:
+                if not torch.equal(self._parameters[slot.name].detach().flatten().cpu(), flat[slot.start : slot.stop]):
+                    return slot.name
+        return None
 
     def close(self) -> None:
         """Give the buffers back, when nothing is being written from them any more. The parameters keep their values."""
@@ -334,6 +342,20 @@ class ResidentAdapters:
 
 def _nothing() -> None:
     """What gives up nothing."""
+
+
+def _flat(layout: ShardLayout, array: NDArray[np.uint8]) -> torch.Tensor:
+    if layout.compute_dtype == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array.view(np.float32))
+
+
+def read_values(layout: ShardLayout, array: NDArray[np.uint8], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Copy a shard's weights, as they lie in the store, into its parameters; KeyError for one that is not there."""
+    flat = _flat(layout, array)
+    for slot in layout.parameters:
+        # A copy: the buffer is written into while a graph may hold the parameter.
+        parameters[slot.name].data.copy_(flat[slot.start : slot.stop].view(slot.shape))
 
 
 def check_same(stored: Mapping[str, Any], described: Mapping[str, Any]) -> None:

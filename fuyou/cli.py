@@ -82,6 +82,7 @@ def _doctor(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     from fuyou.config import parse_bytes
     from fuyou.hardware import cached_hardware, measure_hardware
+    from fuyou.lora import lora_config
     from fuyou.opening import inputs_of_run
     from fuyou.plan_report import nearest_settings, report_plan
     from fuyou.planning import choose_device, plan_for
@@ -112,6 +113,7 @@ def _plan(options: argparse.Namespace) -> int:
         hardware=hardware,
         trainable=recipe.trainable,
         elsewhere=options.hardware is not None,
+        lora=None if recipe.lora is None else lora_config(recipe.lora.model_dump()),
     )
     try:
         plan = plan_for(inputs, offload)
@@ -226,6 +228,10 @@ def _export(options: argparse.Namespace) -> int:
     from fuyou.tokenizing import save_tokenizer
 
     out = Path(options.out).expanduser()
+    if options.merge and (options.format != "safetensors" or options.masters):
+        raise ConfigError(
+            "--merge: merged weights have neither masters nor optimizer states; leave out what asks for them"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder: name a new one")
     if options.masters and options.format == "dcp":
@@ -239,6 +245,7 @@ def _export(options: argparse.Namespace) -> int:
         else:
             print(f"step {step} with its optimizer states written to {out}; torch.distributed.checkpoint.load reads it")
         return EXIT_DONE
+    what = "model"
     if options.masters:
         from fuyou.master_export import export_masters
 
@@ -246,11 +253,24 @@ def _export(options: argparse.Namespace) -> int:
     else:
         model = fuyou.open_store_model(_directories(options), host_memory=options.host_memory)
         with model.fuyou:
-            model.save_pretrained(str(out))
+            if hasattr(model, "peft_config"):
+                what = "merged model" if options.merge else "adapter"
+            if options.merge:
+                if what == "model":
+                    raise ConfigError("--merge: this store trains no adapters, its weights are whole; leave it out")
+                model.fuyou.export(str(out), merge=True)
+            else:
+                model.save_pretrained(str(out))
             step = model.fuyou.committed_step
     tokenizer = save_tokenizer(fuyou.inspect_store(_directories(options))["source"], out)
     if options.json:
-        _print_json({"out": str(out), "step": step, "tokenizer": tokenizer})
+        _print_json({"out": str(out), "step": step, "what": what, "tokenizer": tokenizer})
+        return EXIT_DONE
+    if what == "adapter":
+        print(
+            f"the adapter of step {step} written to {out}; load it with peft.PeftModel.from_pretrained(base, {str(out)!r})"
+        )
+        print("--merge writes the whole model with the adapter merged into it")
     else:
         print(
             f"step {step} written to {out}; load it with "
@@ -403,6 +423,9 @@ def _parser() -> argparse.ArgumentParser:
                 "--masters", action="store_true", help="the float32 masters instead of the weights of compute"
             )
             sub.add_argument("--host-memory", metavar="SIZE", help='budget, such as "8GiB"')
+            sub.add_argument(
+                "--merge", action="store_true", help="adapters merged into the model (otherwise the adapter alone)"
+            )
         sub.add_argument(
             "--also",
             action="append",

@@ -82,6 +82,11 @@ def _parameters_of(store: Directories) -> Iterator[tuple[Any, _Reader, int]]:
         directory = Path(opened.directories[0])
         if not opened.state.get("filled"):
             raise ModelError(f"the store in {directory} was never filled: there is nothing to export")
+        if opened.state.get("adapters") is not None:
+            raise ModelError(
+                f"the run in {directory} trains adapters beside a frozen base: export them in peft's format, or the merged "
+                "model (fuyou export STORE OUT, with or without --merge)"
+            )
         description = opened.description
         config = stored_config(description, opened.identity, directory)
         shards = stored_shards(description, directory)

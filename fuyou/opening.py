@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from fuyou.adapters import adapter_layouts, host_bytes
 from fuyou.blocks import ModelBlocks, find_blocks, meta_model, shape_model
 from fuyou.building import (
     BlockWriter,
@@ -129,7 +130,8 @@ def from_config(
 def open_store_model(store: str | os.PathLike[str] | Sequence[str], *, host_memory: str | int | None = None) -> Any:
     """The model of a store, from the store alone (its config is in it): for export and evaluation.
 
-    Nothing in it requires gradients, so that a budget for one block's weights does.
+    With the adapters of its run, if it has trained any, in peft's model around it. Nothing in it requires gradients, so
+    that a budget for one block's weights does.
     """
     directories = OffloadConfig(store=store).store_directories
     snapshot = Store.peek(directories)
@@ -149,7 +151,7 @@ def open_store_model(store: str | os.PathLike[str] | Sequence[str], *, host_memo
     def fill(*_: Any) -> None:
         raise AssertionError("resume='must' opens filled stores only")
 
-    return _open(
+    model = _open(
         config,
         offload,
         source="",
@@ -160,6 +162,14 @@ def open_store_model(store: str | os.PathLike[str] | Sequence[str], *, host_memo
         check=lambda: None,
         folder=None,
     )
+    try:
+        wrapped = model.fuyou.restore_adapters()
+    except BaseException:
+        model.fuyou.abandon()
+        raise
+    if wrapped is not model:
+        model.fuyou.guard_wrapper(wrapped)
+    return wrapped
 
 
 def adamw(
@@ -209,10 +219,12 @@ def plan_model(
     max_grad_norm: float | None = None,
     hardware: HardwareProfile | None = None,
     trainable: Sequence[str] | None = None,
+    lora: Any = None,
 ) -> Plan:
     """The plan of a training run without loading a weight; PlanError if it does not fit.
 
-    With `hardware` for the machine of that profile, else for this one. `trainable` as in `from_pretrained`.
+    With `hardware` for the machine of that profile, else for this one. `trainable` as in `from_pretrained`. `lora` is a peft
+    config: the plan is of a frozen base with such adapters.
     """
     inputs = inputs_of_run(
         name_or_path_or_config,
@@ -222,6 +234,7 @@ def plan_model(
         max_grad_norm=max_grad_norm,
         hardware=hardware,
         trainable=trainable,
+        lora=lora,
     )
     return plan_for(inputs, offload)
 
@@ -235,6 +248,7 @@ def inputs_of_run(
     max_grad_norm: float | None = None,
     hardware: HardwareProfile | None = None,
     trainable: Sequence[str] | None = None,
+    lora: Any = None,
     elsewhere: bool = True,
 ) -> PlanInputs:
     """What `plan_model` decides by; `elsewhere`: `hardware` says how much memory there is, too."""
@@ -247,12 +261,14 @@ def inputs_of_run(
     with model_of(config, DTYPES[offload.compute_dtype], make=shape_model) as model:
         blocks = find_blocks(model, offload.blocks)
         layouts = shard_layouts(blocks, model, offload.compute_dtype, offload.moment_dtype)
-        freeze(model, trainable)
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        freeze(model, trainable if lora is None else ())
+        base = dict(model.named_parameters())
+        adapters = {} if lora is None else _planned_adapters(model, blocks, base, lora)
+        trained = {name for name, p in base.items() if p.requires_grad}
     hidden = config.get_text_config().hidden_size
     itemsize = DTYPES[offload.compute_dtype].itemsize
     return plan_inputs(
-        shard_sizes(blocks, layouts, trained.__contains__),
+        shard_sizes(blocks, layouts, trained.__contains__, adapters),
         offload,
         device=device,
         clipping=max_grad_norm is not None,
@@ -262,7 +278,23 @@ def inputs_of_run(
         boundary_bytes=len(blocks.layers) * batch_size * sequence_length * hidden * itemsize,
         num_tokens=batch_size * sequence_length,
         sequence_length=sequence_length,
+        adapter_bytes=host_bytes([shard for shards in adapters.values() for shard in shards]),
     )
+
+
+def _planned_adapters(
+    model: nn.Module, blocks: ModelBlocks, base: Mapping[str, nn.Parameter], config: Any
+) -> dict[str, list[ShardLayout]]:
+    """The shards, by block, of adapters that peft puts into a model of shapes alone."""
+    import peft
+
+    try:
+        peft.get_peft_model(model, config, low_cpu_mem_usage=True)
+    except ValueError as error:
+        raise ConfigError(f"lora: {(str(error) or type(error).__name__).splitlines()[0]}") from None
+    known = {id(p) for p in base.values()}
+    added = {name: p for name, p in model.named_parameters() if id(p) not in known}
+    return adapter_layouts(model, blocks, added, base)
 
 
 def shards_of(config: Any) -> list[ShardSize]:

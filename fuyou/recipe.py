@@ -146,6 +146,45 @@ class OffloadSection(_Section):
     """Module path of the list of decoder layers, where it is not found by itself."""
 
 
+class LoraSection(_Section):
+    """Adapters instead of all weights; names as in peft.LoraConfig."""
+
+    r: Positive = 8
+    """Rank of the adapters."""
+    lora_alpha: Positive = 8
+    """Adapters count lora_alpha / r times (use_rslora: lora_alpha / sqrt(r))."""
+    lora_dropout: Annotated[float, pydantic.Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs that is left out in training."""
+    target_modules: Text | list[Text] = "all-linear"
+    """Names of modules that get an adapter, one regular expression of them, or "all-linear"."""
+    exclude_modules: Text | list[Text] | None = None
+    """Names of modules that get none, or one regular expression of them."""
+    target_parameters: list[Text] | None = None
+    """Names of parameters that get one where no module is theirs alone, as of mixtures of experts."""
+    modules_to_save: list[Text] | None = None
+    """Names of modules that are trained as a whole, and saved with the adapter."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Biases that are trained."""
+    lora_bias: bool = False
+    """Adapters have biases of their own."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling."""
+    use_dora: bool = False
+    """Magnitude and direction of weights are adapted apart (DoRA)."""
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+    """How adapters begin; true: as if they were not there."""
+    fan_in_fan_out: bool = False
+    """Weights are stored as (inputs, outputs), as in GPT-2."""
+    layers_to_transform: NotNegative | list[NotNegative] | None = None
+    """Numbers of the layers that get adapters."""
+    layers_pattern: Text | list[Text] | None = None
+    """Name of the list of layers that these numbers are of, where peft does not find it."""
+    rank_pattern: dict[str, Positive] = {}
+    """Other ranks, by name or regular expression of modules."""
+    alpha_pattern: dict[str, Positive] = {}
+    """Other lora_alpha, likewise."""
+
+
 class OptimizerSection(_Section):
     """AdamW; names as in transformers.TrainingArguments."""
 
@@ -224,7 +263,8 @@ class OutputSection(_Section):
     dir: Text
     """Folder of metrics.jsonl, recipe.yaml and the exported model."""
     export: bool = True
-    """Write the trained model to dir/model at the end, as plain safetensors with its tokenizer."""
+    """Write the trained model to dir/model at the end, as plain safetensors with its tokenizer; with lora, the adapter
+    alone to dir/adapter, in peft's format."""
 
 
 class Recipe(_Section):
@@ -236,6 +276,8 @@ class Recipe(_Section):
     trainable: Annotated[list[Text], pydantic.Field(min_length=1)] | None = None
     """Patterns (regular expressions of whole names) of parameters to train, or of modules to train all of. Left out:
     everything. What is frozen has no optimizer states, and the backward pass ends at the lowest block that is trained."""
+    lora: LoraSection | None = None
+    """Adapters instead of all weights; names as in peft.LoraConfig."""
     optimizer: OptimizerSection = OptimizerSection()
     training: TrainingSection
     output: OutputSection
@@ -246,6 +288,8 @@ class Recipe(_Section):
             raise ValueError(
                 'data.tokenizer is missing: a model with random weights has none of its own; name a folder, or "bytes"'
             )
+        if self.lora is not None and self.trainable is not None:
+            raise ValueError("give either trainable or lora; lora.modules_to_save trains whole modules beside adapters")
         if self.training.eval_steps is not None and not self.has_evaluation:
             raise ValueError(
                 "training.eval_steps is given but nothing is held out: add data.eval_fraction, "
@@ -340,8 +384,6 @@ def _check_size(values: Any, what: str) -> None:
 
 def parse_recipe(values: Mapping[str, Any]) -> Recipe:
     """A recipe from plain dictionaries; ConfigError lists every wrong key and value by its dotted path."""
-    if "lora" in values:
-        raise ConfigError("lora: comes later: not supported by this version; remove the section to train all weights")
     try:
         return Recipe.model_validate(dict(values))
     except pydantic.ValidationError as error:

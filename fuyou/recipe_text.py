@@ -6,6 +6,7 @@ import difflib
 import json
 import os
 import re
+import typing
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,8 +109,9 @@ def explain(error: pydantic.ValidationError, recipe: type[pydantic.BaseModel]) -
 def _sections(recipe: type[pydantic.BaseModel]) -> dict[str, type[pydantic.BaseModel]]:
     found: dict[str, type[pydantic.BaseModel]] = {}
     for name, field in recipe.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
-            found[name] = field.annotation
+        for kind in (field.annotation, *typing.get_args(field.annotation)):  # a section may be left out
+            if isinstance(kind, type) and issubclass(kind, pydantic.BaseModel):
+                found[name] = kind
     return found
 
 

@@ -19,7 +19,7 @@ from fuyou.adapters import (
     adapter_layouts,
     configs_json,
     gradient_pool_bytes,
-    pool_bytes,
+    host_bytes,
     prepare,
     record_pool_bytes,
 )
@@ -35,6 +35,7 @@ from fuyou.executor.weights import WeightStream
 from fuyou.exporting import NamesOnly, compare_state_dict, export_checkpoint
 from fuyou.hardware import cached_hardware
 from fuyou.memory import MemoryMeter
+from fuyou.merging import merged_blocks, restore_adapters
 from fuyou.plan import Plan
 from fuyou.planner import least_memory, pooled_bytes, simulate_plan
 from fuyou.planning import plan_for, plan_inputs, shard_sizes
@@ -239,10 +240,27 @@ class Runtime:
         self.outputs_mode = True
         object.__setattr__(self._model, "forward", self._own_forward)
 
-    def export(self, folder: str) -> None:
-        """Write the current weights as a plain transformers checkpoint, block by block; flushes first."""
+    def export(self, folder: str, *, merge: bool = False) -> None:
+        """Write the current weights as a plain transformers checkpoint, block by block; flushes first.
+
+        Without the adapters that peft may have put around them; with `merge`, these are merged into the weights. The store
+        and the model stay as they are.
+        """
+        self._see_added_parameters()
+        read: Callable[[Block], dict[str, torch.Tensor]] = self._copy_block
+        if merge:
+            read = merged_blocks(self._model, self.blocks, self._parameters, self._executor.bound_block)
         with self._weights_of_last_step():
-            export_checkpoint(self._model, self.blocks, self._copy_block, folder)
+            export_checkpoint(self._model, self.blocks, read, folder)
+
+    def changed_adapter(self) -> str | None:
+        """The name of an adapter's parameter that somebody has given other values than the optimizer has; None for none."""
+        return None if self._adapters is None else self._adapters.differing()
+
+    def restore_adapters(self) -> Any:
+        """The model with the adapters that the store's run has trained, frozen; the model itself if there are none."""
+        self._check_usable()
+        return restore_adapters(self._model, self.store, self._engine)
 
     # --- the optimizer ---------------------------------------------------------------------------------------------
 
@@ -262,9 +280,7 @@ class Runtime:
                 "the run in this store trains adapters, and this model has none that require a gradient: call "
                 "peft.get_peft_model with the run's config before fuyou.AdamW, or begin a new run in another directory"
             )
-        self._adapter_bytes = (
-            pool_bytes(adapter_shards) + gradient_pool_bytes(adapter_shards) + record_pool_bytes(adapter_shards)
-        )
+        self._adapter_bytes = host_bytes(adapter_shards)
         self._adapted = frozenset(adapters)
         plan = self._make_plan(clipping=max_grad_norm is not None)
         trained = [b.name for b in plan.blocks if b.trainable]
@@ -328,8 +344,19 @@ class Runtime:
             self._resident_states.popitem()[1].release()
 
     def guard_wrapper(self, wrapper: nn.Module) -> None:
-        """What peft has put around the model must not look for gradients in `p.grad` either."""
+        """What peft has put around the model must not look for gradients in `p.grad`, nor merge into placeholders."""
         object.__setattr__(wrapper, "zero_grad", self._model.zero_grad)
+
+        def refused(*_args: Any, **_kwargs: Any) -> Any:
+            raise ModelError(
+                "the base's weights are on the drive, so that adapters cannot be merged into them in memory: "
+                "model.fuyou.export(folder, merge=True) writes the merged model"
+            )
+
+        for module in (wrapper, getattr(wrapper, "base_model", None)):
+            for name in ("merge_and_unload", "merge_adapter"):
+                if hasattr(module, name):
+                    object.__setattr__(module, name, refused)
 
     def _lay_out_states(self, trained: list[str]) -> None:
         present = set(self.store.names())
@@ -360,16 +387,19 @@ class Runtime:
         base = self._parameters
         seen = {id(p) for p in (*base.values(), *self._added.values())}
         added = {name: p for name, p in self._model.named_parameters() if id(p) not in seen}
-        if not added:
-            return
-        if self.optimizer is not None:
-            raise ModelError(
-                f"{len(added)} parameters (first {next(iter(added))}) were added to the model after fuyou.AdamW was made: they "
-                "would not be trained. Add adapters first"
-            )
-        with self._weights_of_last_step():
-            prepare(self._model, self.blocks, added, base, self._executor.bound_block)
-        self._added |= added
+        if self.optimizer is not None and torch.is_grad_enabled():
+            # Those that need no gradient, as trl's adapter of reference, may come at any time.
+            trained = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+            late = [n for n, p in (self._added | added).items() if p.requires_grad and id(p) not in trained]
+            if late:
+                raise ModelError(
+                    f"{len(late)} parameters (first {late[0]}) require gradients but were added to the model after fuyou.AdamW was "
+                    "made: they would not be trained. Add adapters first"
+                )
+        if added:
+            with self._weights_of_last_step():
+                prepare(self._model, self.blocks, added, base, self._executor.bound_block)
+            self._added |= added
 
     def _build_pools(self, adapters: Sequence[ShardLayout] = ()) -> None:
         if self._pools:

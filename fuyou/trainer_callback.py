@@ -50,7 +50,7 @@ class FuyouCallback(TrainerCallback):
         if optimizer is not None and _COMMITTED in optimizer.extra:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{optimizer.step_count}"
             if not folder.exists():
-                _write_checkpoint(folder, optimizer)
+                _write_checkpoint(folder, optimizer, kwargs["model"])
                 logger.warning(
                     f"the store continues at step {optimizer.step_count}: train(resume_from_checkpoint=True) does, too, with "
                     f"{folder}, written from the store's last commit"
@@ -70,6 +70,13 @@ class FuyouCallback(TrainerCallback):
                 "update nothing"
             )
         _check_arguments(args)
+        changed = runtime.changed_adapter()
+        if changed is not None:
+            raise ConfigError(
+                f"{changed} has other values than the store, which stands at step {optimizer.step_count}: adapters were loaded, "
+                "perhaps from a checkpoint of another step, after fuyou.AdamW was made. Resume from "
+                f"checkpoint-{optimizer.step_count}, or load them before fuyou.AdamW, with a new store"
+            )
         runtime.adopt_forward()
         if state.global_step != optimizer.step_count:
             logger.warning(
@@ -154,8 +161,8 @@ def _state_after(state: Any, optimizer: OffloadedAdamW, scheduler: Any) -> dict[
     return {"state": figures, "random": _random_states(), **schedule}
 
 
-def _write_checkpoint(folder: Path, optimizer: OffloadedAdamW) -> None:
-    """Trainer's files for the last commit, complete or not there at all. The weights stay in the store."""
+def _write_checkpoint(folder: Path, optimizer: OffloadedAdamW, model: Any) -> None:
+    """Trainer's files for the last commit, complete or not there at all. The weights stay in the store, adapters beside."""
     committed = optimizer.extra[_COMMITTED]
     last = get_last_checkpoint(str(folder.parent)) if folder.parent.is_dir() else None
     partial = folder.with_name(f".{folder.name}.partial")
@@ -172,14 +179,35 @@ def _write_checkpoint(folder: Path, optimizer: OffloadedAdamW) -> None:
             torch.save({"state": {}, "param_groups": groups}, partial / "optimizer.pt")
             torch.save(committed["scheduler"], partial / "scheduler.pt")
         torch.save(_loaded_random_states(committed["random"]), partial / "rng_state.pth")
-        # Trainer wants a file of weights; with none in it nothing is loaded into a model whose store has them.
-        save_file({}, partial / "model.safetensors", metadata={"format": "pt"})
+        if hasattr(model, "peft_config"):
+            model.save_pretrained(partial)  # Trainer loads them into the model, which has these very values
+            _take_over_frozen_adapters(partial, last, optimizer)
+        else:
+            # Trainer wants a file of weights; with none in it nothing is loaded into a model whose store has them.
+            save_file({}, partial / "model.safetensors", metadata={"format": "pt"})
         mark = {"step": optimizer.step_count, "weights": "in the store"}
         (partial / _MARK).write_text(json.dumps(mark) + "\n")
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+
+
+def _take_over_frozen_adapters(folder: Path, last: str | None, optimizer: OffloadedAdamW) -> None:
+    """Adapters that are not trained (trl's copy for reference) are as an earlier checkpoint has them, not as made anew.
+
+    ConfigError if there is none: the copy would be of the adapter as it is now.
+    """
+    for frozen in [entry for entry in folder.iterdir() if entry.is_dir()]:
+        earlier = None if last is None else Path(last) / frozen.name
+        if earlier is None or not earlier.is_dir():
+            raise ConfigError(
+                f"the store stands at step {optimizer.step_count}, and no checkpoint of Trainer's in {folder.parent} holds the "
+                f"adapter {frozen.name!r} that is not trained: a copy made now would not be that of the run's beginning. Set "
+                "save_steps so that one is written early, or begin a new run in another store"
+            )
+        shutil.rmtree(frozen)
+        shutil.copytree(earlier, frozen)
 
 
 def _catch_up(scheduler: Any) -> None:

@@ -20,6 +20,7 @@ from fuyou.checkpointing import prune_checkpoints, step_name
 from fuyou.config import format_bytes
 from fuyou.data import BatchOrder, DataSet, TokenRows, collate, load_data, num_label_tokens
 from fuyou.errors import ConfigError, DataError
+from fuyou.lora import add_adapters
 from fuyou.metrics import MetricsFile
 from fuyou.packing import Packs, check_texts_apart, collate_packs, pack_rows
 from fuyou.progress import Reporter, RunStart, RunStatistics, RunSummary, StepReport
@@ -75,7 +76,10 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
 
 
 def open_model(recipe: Recipe, *, resume: str | int | None = None) -> Any:
-    """The recipe's model on its store, as `fuyou.from_pretrained` or `fuyou.from_config` give it; blocks."""
+    """The recipe's model on its store, as `fuyou.from_pretrained` or `fuyou.from_config` give it; blocks.
+
+    With its adapters around it where it has a `lora` section.
+    """
     import fuyou
 
     offload = recipe.offload_config(resume=resume)
@@ -83,12 +87,22 @@ def open_model(recipe: Recipe, *, resume: str | int | None = None) -> Any:
         "offload": offload,
         "seed": recipe.training.seed,
         "attn_implementation": recipe.model.attn_implementation,
-        "trainable": recipe.trainable,
+        # No memory is asked for gradients and states of a base that adapters leave as it is.
+        "trainable": recipe.trainable if recipe.lora is None else (),
     }
     if recipe.model.config is not None:
-        return fuyou.from_config(model_config(recipe), **options)
-    assert recipe.model.name_or_path is not None
-    return fuyou.from_pretrained(recipe.model.name_or_path, revision=recipe.model.revision, **options)
+        model = fuyou.from_config(model_config(recipe), **options)
+    else:
+        assert recipe.model.name_or_path is not None
+        model = fuyou.from_pretrained(recipe.model.name_or_path, revision=recipe.model.revision, **options)
+    if recipe.lora is None:
+        return model
+    try:
+        fields = recipe.lora.model_dump()
+        return add_adapters(model, fields, seed=recipe.training.seed, base_name=recipe.model.name_or_path)
+    except BaseException:
+        model.fuyou.abandon()
+        raise
 
 
 def run_training(
@@ -102,7 +116,7 @@ def run_training(
     offload = recipe.offload_config(resume=resume)
     output = Path(recipe.output.dir).expanduser()
     if recipe.output.export:
-        _check_export_folder(output / "model")
+        _check_export_folder(output / _export_name(recipe))
     tokenizer, data = _load_data(recipe, reporter)
     _measure_once(offload, reporter)
     try:
@@ -334,14 +348,16 @@ class _Run:
         return loss
 
     def _export(self, step: int) -> Path:
-        folder = self._output / "model"
+        folder = self._output / _export_name(self._recipe)
         mark = folder / EXPORT_MARK
         identity = {"run": str(self._model.fuyou.store.uuid), "step": step}
         with contextlib.suppress(OSError, ValueError):
             if json.loads(mark.read_text(encoding="utf-8")) == identity:
                 return folder
-        self._reporter.note(f"writing the model to {folder}")
-        self._model.save_pretrained(str(folder))
+        self._reporter.note(f"writing the {folder.name} to {folder}")
+        # Embeddings that are trained are in the adapter; without this peft would ask the hub about their size.
+        options = {} if self._recipe.lora is None else {"save_embedding_layers": False}
+        self._model.save_pretrained(str(folder), **options)
         if isinstance(self._tokenizer, HuggingFaceTokenizer):
             self._tokenizer.tokenizer.save_pretrained(str(folder))
         # Last: a folder with this mark is complete.
@@ -389,6 +405,10 @@ def evaluate(model: Any, rows: TokenRows, pad_id: int, rows_per_batch: int) -> f
 def _batches(rows: TokenRows, pad_id: int, rows_per_batch: int) -> Iterator[dict[str, Any]]:
     for begin in range(0, len(rows), rows_per_batch):
         yield collate(rows, range(begin, min(begin + rows_per_batch, len(rows))), pad_id)
+
+
+def _export_name(recipe: Recipe) -> str:
+    return "model" if recipe.lora is None else "adapter"
 
 
 def _check_export_folder(folder: Path) -> None:

@@ -15,7 +15,7 @@ RECIPES = sorted(FOLDER.glob("*.yaml"))
 
 
 def test_there_are_recipes() -> None:
-    assert {recipe.stem for recipe in RECIPES} >= {"smoke_cpu", "smollm2-135m"}
+    assert {recipe.stem for recipe in RECIPES} >= {"smoke_cpu", "smollm2-135m", "smollm2-135m-lora"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

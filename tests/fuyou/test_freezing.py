@@ -93,7 +93,7 @@ def test_by_hand_and_by_pattern_are_the_same_run(tmp_path: Path) -> None:
 def test_frozen_blocks_are_read_once_and_planned_so(tmp_path: Path) -> None:
     """Below the lowest trained block the weights come for the forward pass alone; nothing frozen is written."""
     config = tiny_model_config("llama")
-    offload = fuyou.OffloadConfig(store=tmp_path / "store", device="cpu", host_memory="64MiB")
+    offload = fuyou.OffloadConfig(store=tmp_path / "store", device="cpu", host_memory="64MiB", durability="step")
     trainable = ["model.layers.1"]
     plan = fuyou.plan_model(config, offload=offload, batch_size=2, sequence_length=24, trainable=trainable)
     assert [b.trainable for b in plan.blocks] == [False, False, True, False, False]

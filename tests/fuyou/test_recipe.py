@@ -100,8 +100,8 @@ def test_derived_values() -> None:
         ),
         ({"output.zzzz": 1}, "unknown key 'output.zzzz' in recipe: known here: dir, export"),
         (
-            {"lora": {"r": 8}},
-            "lora: comes later: not supported by this version; remove the section to train all weights",
+            {"lora": {"lora_alfa": 8}},
+            "unknown key 'lora.lora_alfa' in recipe: did you mean 'lora_alpha'?",
         ),
     ],
 )

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -112,39 +113,42 @@ def test_sft_equals_plain(changes: dict[str, Any], tmp_path: Path) -> None:
             torch.testing.assert_close(parameter, wanted, rtol=1e-3, atol=2e-5, msg=name)
 
 
-def dpo(model: Any, reference: Any, folder: Path, optimizer: Any = None) -> Any:
+def dpo(
+    model: Any, reference: Any, folder: Path, optimizer: Any = None, resume: bool | None = None, **changes: Any
+) -> Any:
     """The script of trl's documentation with a reference model; with an optimizer of ours, the lines that change."""
     rows = [
         {"prompt": "the cat ", "chosen": f"sat on {chr(97 + i % 26)}", "rejected": f"ran {chr(97 + (2 * i) % 26)}"}
         for i in range(16)
     ]
+    options: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 3,
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "max_grad_norm": 0.5,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+    }
     made = trl.DPOTrainer(
         model=model,
         ref_model=reference,
-        args=trl.DPOConfig(
-            output_dir=str(folder),
-            per_device_train_batch_size=2,
-            gradient_accumulation_steps=2,
-            max_steps=3,
-            learning_rate=2e-3,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            max_grad_norm=0.5,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            disable_tqdm=True,
-        ),
+        args=trl.DPOConfig(**options | changes),
         train_dataset=Dataset.from_list(rows),
         processing_class=letters(),
         optimizers=(optimizer, None),
         callbacks=[fuyou.FuyouCallback()] if optimizer is not None else None,
     )
-    if optimizer is not None:
+    if optimizer is not None and reference is not None:
         reference.fuyou.adopt_forward()  # the callback sees the trained model only
-    made.train()
+    made.train(resume_from_checkpoint=resume)
     return made
 
 
@@ -169,3 +173,63 @@ def test_dpo_equals_plain(tmp_path: Path) -> None:
     for key in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies"):
         assert history(made, key) == pytest.approx(history(expected, key), rel=2e-4, abs=1e-6), key
     assert history(made, "loss")[-1] < history(made, "loss")[0]
+
+
+def adapted(model: Any) -> Any:
+    """LoRA before the optimizer is made, so that trl gets a model of peft's and no peft_config."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return peft.get_peft_model(
+            model, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        )
+
+
+@pytest.mark.parametrize("script", ["sft", "dpo"])
+def test_adapters_equal_plain(script: str, tmp_path: Path) -> None:
+    """The same scripts over adapters; DPO's reference is the model with its adapters off, or as they began."""
+    config = tiny_model_config("llama")
+    config.attention_dropout = 0.0
+    offload = fuyou.OffloadConfig(
+        store=tmp_path / "store", device="cpu", compute_dtype="float32", host_memory="64MiB", micro_batch_size=None
+    )
+    model: Any = fuyou.from_config(config, offload=offload, seed=1, trainable=())
+    model.save_pretrained(tmp_path / "start")
+    plain = adapted(AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype=torch.float32))
+    wrapped = adapted(model)
+    optimizer = fuyou.AdamW(wrapped, lr=2e-3, weight_decay=0.0, max_grad_norm=0.5)
+    with wrapped.fuyou:
+        if script == "sft":
+            expected = sft(plain, tmp_path / "plain")
+            made = sft(wrapped, tmp_path / "out", optimizer)
+            keys = ["loss", "grad_norm", "eval_loss", "mean_token_accuracy"]
+        else:
+            expected = dpo(plain, None, tmp_path / "plain")
+            made = dpo(wrapped, None, tmp_path / "out", optimizer)
+            keys = ["loss", "grad_norm", "rewards/margins"]
+    for key in keys:
+        assert history(made, key) == pytest.approx(history(expected, key), rel=2e-4, abs=1e-6), key
+    assert len(history(made, "loss")) == 3
+
+
+def test_dpo_over_adapters_resumes_with_the_reference_of_the_beginning(tmp_path: Path) -> None:
+    """trl copies the adapter when a trainer is made, which is after steps then: an earlier checkpoint has the right copy."""
+
+    def go(name: str, max_steps: int, resume: bool | None = None, **changes: Any) -> Any:
+        config = tiny_model_config("llama")
+        config.attention_dropout = 0.0
+        offload = fuyou.OffloadConfig(
+            store=tmp_path / name / "store", device="cpu", compute_dtype="float32", host_memory="64MiB"
+        )
+        wrapped = adapted(fuyou.from_config(config, offload=offload, seed=1, trainable=()))
+        optimizer = fuyou.AdamW(wrapped, lr=2e-3, weight_decay=0.0, max_grad_norm=0.5)
+        with wrapped.fuyou:
+            return dpo(wrapped, None, tmp_path / name / "out", optimizer, resume, max_steps=max_steps, **changes)
+
+    whole = go("whole", 4)
+    go("cut", 2, save_strategy="steps", save_steps=1)
+    (tmp_path / "cut" / "out" / "checkpoint-2").rename(tmp_path / "gone")
+    made = go("cut", 4, resume=True)
+    assert history(made, "loss")[-2:] == history(whole, "loss")[-2:]
+    go("unsaved", 2)
+    with pytest.raises(fuyou.ConfigError, match="adapter 'ref'"):
+        go("unsaved", 4, resume=True)
