@@ -74,6 +74,9 @@ class OffloadConfig:
     """How frozen blocks are stored."""
     micro_batch_size: int | None = None
     """Rows computed at once. None: the whole batch as it is given. Fixed when a run is created."""
+    loss_chunk_tokens: int | None = None
+    """Tokens whose logits exist at once in a training pass with labels, which bounds the memory of long sequences and large
+    vocabularies. None: all of a micro-batch's. Fixed when a run is created; sums are rounded otherwise than without."""
     durability: Literal["step"] | None = None
     """"step": every optimizer step is committed to the drive. None: planned."""
     resume: str | int = "auto"
@@ -102,12 +105,10 @@ class OffloadConfig:
         later = 'every step is committed; leave the field out or write "step"'
         _choice("durability", self.durability, (None, "step"), {"checkpoint": later})
         _choice("io", self.io, ("auto", "posix", "kvikio"), {})
-        if self.micro_batch_size is not None and (
-            isinstance(self.micro_batch_size, bool)
-            or not isinstance(self.micro_batch_size, int)
-            or self.micro_batch_size < 1
-        ):
-            raise ConfigError(f"micro_batch_size={self.micro_batch_size!r}: expected a whole number above zero")
+        for field in ("micro_batch_size", "loss_chunk_tokens"):
+            value = getattr(self, field)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{field}={value!r}: expected a whole number above zero")
         if isinstance(self.resume, bool) or not (
             self.resume in ("auto", "never", "must") or (isinstance(self.resume, int) and self.resume >= 0)
         ):

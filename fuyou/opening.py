@@ -28,6 +28,7 @@ from fuyou.building import (
 from fuyou.checkpointing import checkpoint_json
 from fuyou.config import OffloadConfig
 from fuyou.errors import ConfigError, FuyouError, ModelError
+from fuyou.executor.head import check_chunkable
 from fuyou.hardware import HardwareProfile, cached_hardware
 from fuyou.memory import return_freed_memory
 from fuyou.plan import Plan
@@ -315,6 +316,8 @@ def _open(
     replace_by_placeholders(model, dtype, torch.device(device))
     _freeze(model, trainable)
     model.train()
+    if offload.loss_chunk_tokens is not None:
+        check_chunkable(model)
     # Refused before anything is made on the drive; clipping is not known yet, and needs no more memory.
     plan = plan_for(
         blocks,
@@ -402,6 +405,8 @@ def _open(
             device=device,
             seed=numerics["seed"],
             micro_batch_size=numerics["micro_batch_size"],
+            # Stores made before there was a choice name none.
+            loss_chunk_tokens=numerics.get("loss_chunk_tokens"),
             num_threads=numerics["num_threads"],
             resumed=resumed,
         )
@@ -502,14 +507,19 @@ def _numerics(store: Store, offload: OffloadConfig, seed: int | None, device: st
         return {
             "seed": seed or 0,
             "micro_batch_size": offload.micro_batch_size,
+            "loss_chunk_tokens": offload.loss_chunk_tokens,
             "num_threads": torch.get_num_threads(),
             "device": torch.device(device).type,
         }
     assert isinstance(stored, dict)
-    for field, asked in (("seed", seed), ("micro_batch_size", offload.micro_batch_size)):
-        if asked is not None and asked != stored[field]:
+    for field, asked in (
+        ("seed", seed),
+        ("micro_batch_size", offload.micro_batch_size),
+        ("loss_chunk_tokens", offload.loss_chunk_tokens),
+    ):
+        if asked is not None and asked != stored.get(field):
             raise ConfigError(
-                f"{field}={asked!r} conflicts with the run's {field}={stored[field]!r}, fixed when it was created: leave it "
+                f"{field}={asked!r} conflicts with the run's {field}={stored.get(field)!r}, fixed when it was created: leave it "
                 "out, or begin a new run in another directory"
             )
     return dict(stored)
