@@ -74,6 +74,9 @@ class OffloadConfig:
     """How frozen blocks are stored."""
     micro_batch_size: int | None = None
     """Rows computed at once. None: the whole batch as it is given. Fixed when a run is created."""
+    loss_chunk_tokens: int | None = None
+    """Tokens whose logits exist at once in a training pass with labels, which bounds the memory of long sequences and large
+    vocabularies. None: all of a micro-batch's. Fixed when a run is created; sums are rounded otherwise than without."""
     durability: Literal["step", "checkpoint"] | None = None
     """"step": every optimizer step is committed to the drive. "checkpoint": the drive gets one step in
     `commit_every_steps`, and every step on which a flush, a save, an evaluation, an export or the run's end falls; all that
@@ -104,7 +107,7 @@ class OffloadConfig:
         later = "frozen weights are stored in bfloat16; leave the field out"
         _choice("frozen_dtype", self.frozen_dtype, ("bfloat16",), {"int8": later, "nf4": later})
         _choice("durability", self.durability, (None, "step", "checkpoint"), {})
-        for field in ("commit_every_steps", "micro_batch_size"):
+        for field in ("commit_every_steps", "micro_batch_size", "loss_chunk_tokens"):
             value = getattr(self, field)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ConfigError(f"{field}={value!r}: expected a whole number above zero")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from fuyou.building import (
 )
 from fuyou.config import OffloadConfig
 from fuyou.errors import ConfigError, FuyouError, ModelError
+from fuyou.executor.head import check_chunkable
 from fuyou.freezing import freeze
 from fuyou.hardware import HardwareProfile, cached_hardware
 from fuyou.memory import return_freed_memory
@@ -345,6 +346,8 @@ def _open(
     replace_by_placeholders(model, dtype, torch.device(device))
     freeze(model, trainable)
     model.train()
+    if offload.loss_chunk_tokens is not None:
+        check_chunkable(model)
     # Refused before anything is made on the drive; clipping is not known yet, and needs no more memory.
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     plan = plan_for(
@@ -435,6 +438,8 @@ def _open(
             device=device,
             seed=numerics["seed"],
             micro_batch_size=numerics["micro_batch_size"],
+            # Stores made before there was a choice name none.
+            loss_chunk_tokens=numerics.get("loss_chunk_tokens"),
             num_threads=numerics["num_threads"],
             resumed=resumed,
         )
@@ -521,6 +526,7 @@ def _numerics(store: Store, offload: OffloadConfig, seed: int | None, device: st
         return {
             "seed": seed or 0,
             "micro_batch_size": offload.micro_batch_size,
+            "loss_chunk_tokens": offload.loss_chunk_tokens,
             "num_threads": torch.get_num_threads(),
             "device": torch.device(device).type,
         }
@@ -529,10 +535,14 @@ def _numerics(store: Store, offload: OffloadConfig, seed: int | None, device: st
             f"{store.directories[0]}: what its manifest says of the run's numerics is unusable ({str(stored)[:80]}); it was "
             "made by another program, or by hand: restore it from a backup"
         )
-    for field, asked in (("seed", seed), ("micro_batch_size", offload.micro_batch_size)):
-        if asked is not None and asked != stored[field]:
+    for field, asked in (
+        ("seed", seed),
+        ("micro_batch_size", offload.micro_batch_size),
+        ("loss_chunk_tokens", offload.loss_chunk_tokens),
+    ):
+        if asked is not None and asked != stored.get(field):
             raise ConfigError(
-                f"{field}={asked!r} conflicts with the run's {field}={stored[field]!r}, fixed when it was created: leave it "
+                f"{field}={asked!r} conflicts with the run's {field}={stored.get(field)!r}, fixed when it was created: leave it "
                 "out, or begin a new run in another directory"
             )
     return dict(stored)
@@ -540,11 +550,17 @@ def _numerics(store: Store, offload: OffloadConfig, seed: int | None, device: st
 
 def _are_numerics(stored: Any) -> bool:
     """Whether a manifest's numerics can be a run's."""
-    kinds = {"seed": int, "micro_batch_size": int | None, "num_threads": int, "device": str}
+    kinds = {
+        "seed": int,
+        "micro_batch_size": int | None,
+        "loss_chunk_tokens": int | None,
+        "num_threads": int,
+        "device": str,
+    }
     return (
         isinstance(stored, dict)
         and all(isinstance(stored.get(field), kind) for field, kind in kinds.items())
-        and (stored["micro_batch_size"] is None or stored["micro_batch_size"] > 0)
+        and all(stored.get(field) is None or stored[field] > 0 for field in ("micro_batch_size", "loss_chunk_tokens"))
         and 0 < stored["num_threads"] < 2**16
     )
 

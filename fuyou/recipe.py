@@ -132,6 +132,8 @@ class OffloadSection(_Section):
     """"bfloat16"."""
     micro_batch_size: int | None = None
     """Rows computed at once. Left out: training.per_device_train_batch_size."""
+    loss_chunk_tokens: int | None = None
+    """Tokens whose logits exist at once in training: less memory for long sequences. Left out: all of a micro-batch's."""
     durability: Text | None = None
     """"step" or "checkpoint". Left out: planned."""
     commit_every_steps: Positive | None = None

@@ -69,6 +69,7 @@ class Runtime:
         device: str,
         seed: int,
         micro_batch_size: int | None,
+        loss_chunk_tokens: int | None,
         num_threads: int,
         resumed: str,
     ) -> None:
@@ -83,7 +84,7 @@ class Runtime:
         """Whether calls with labels return outputs that carry gradients, too. What a training call of the model returns:
 
         * with labels, the loss alone ("loss mode"): logits are gone part by part, micro-batches of an accumulated step run
-          together, and one micro-batch's logits exist at a time;
+          together, and one micro-batch's logits exist at a time, or those of loss_chunk_tokens tokens;
         * without labels, or if this is True, the model's ordinary output ("outputs mode"), for losses computed outside of
           it: every floating-point tensor in it (logits, hidden_states and the like if asked for, the loss if there are
           labels) carries its gradient. Call backward() once, before the next forward pass that is not under no_grad; each
@@ -132,6 +133,7 @@ class Runtime:
             device=self._device,
             trace=trace,
             seed=seed,
+            loss_chunk_tokens=loss_chunk_tokens,
         )
         # On the CPU sums depend on how many threads make them: the run's own number, until it is closed.
         self._num_threads_before = torch.get_num_threads()

@@ -35,6 +35,7 @@ from fuyou.building import StreamedParameter, placeholder
 from fuyou.errors import ModelError
 from fuyou.executor.activations import ActivationStore, SavedTensor
 from fuyou.executor.device import Device
+from fuyou.executor.head import ChunkedHead
 from fuyou.executor.ops import Op, all_recomputed, check_activations
 from fuyou.executor.replay import Recording, RecordMode, ReplayMode
 from fuyou.executor.weights import LoadedShard, WeightStream
@@ -210,6 +211,7 @@ class StepExecutor:
         device: Device,
         trace: Trace,
         seed: int,
+        loss_chunk_tokens: int | None = None,
     ) -> None:
         self._model = model
         self._blocks = {block.name: block for block in blocks.blocks}
@@ -241,6 +243,7 @@ class StepExecutor:
         self.adopted_forward: Callable[..., Any] | None = None
         """What micro-batches run instead of the class's forward."""
         self._training = False
+        self._chunked_head = None if loss_chunk_tokens is None else ChunkedHead(model, loss_chunk_tokens)
         self._patch_layers()
         for module in model.modules():
             module.__dict__.pop(CONSTRUCTED_VALUES, None)
@@ -296,7 +299,8 @@ class StepExecutor:
             with self._bound_block("epilogue"), torch.enable_grad():
                 self._open_gradients("epilogue")
                 for micro_batch in record.micro_batches:
-                    self._finish(micro_batch)
+                    with self._loss_in_chunks(micro_batch, autocast[1]):
+                        self._finish(micro_batch)
                     loss = _loss_of(micro_batch.output)
                     losses += micro_batch.weight * loss.detach().double()
                     record.output_type = type(micro_batch.output)
@@ -310,6 +314,13 @@ class StepExecutor:
                     del loss
         record.loss = losses
         return record
+
+    def _loss_in_chunks(
+        self, micro_batch: _MicroBatch, autocast_dtype: torch.dtype
+    ) -> contextlib.AbstractContextManager[None]:
+        if self._chunked_head is None:
+            return contextlib.nullcontext()
+        return self._chunked_head.running(micro_batch.weight, lambda: self._autocast((False, autocast_dtype)))
 
     def forward_outputs(
         self, calls: Sequence[Mapping[str, Any]], *, step: int, first: int
