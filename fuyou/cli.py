@@ -1,4 +1,4 @@
-"""The command line: `fuyou doctor | plan | simulate | train | inspect | verify | checkpoint | export | trace | bench`.
+"""The command line: `fuyou doctor | plan | simulate | train | generate | inspect | ...`, see `fuyou --help`.
 
 Exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 3 does not fit, 130 interrupted (SIGTERM counts as
 Ctrl-C). An error is one message on stderr; FUYOU_TRACEBACK=1 shows where it came from.
@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from fuyou import inference_cli
 from fuyou.errors import ConfigError, FuyouError, PlanError
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_DOES_NOT_FIT, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
@@ -397,6 +398,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     train.add_argument("--resume", type=_resume, metavar="auto|never|must|STEP", help="instead of offload.resume")
     train.add_argument("--quiet", action="store_true", help="print errors only")
+
+    inference_cli.add_generate(add("generate", inference_cli.generate, inference_cli.GENERATE))
 
     for name, command, text in (
         ("inspect", _inspect, "what a store holds; changes nothing"),

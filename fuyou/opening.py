@@ -128,8 +128,14 @@ def from_config(
     )
 
 
-def open_store_model(store: str | os.PathLike[str] | Sequence[str], *, host_memory: str | int | None = None) -> Any:
-    """The model of a store, from the store alone (its config is in it): for export and evaluation.
+def open_store_model(
+    store: str | os.PathLike[str] | Sequence[str],
+    *,
+    host_memory: str | int | None = None,
+    gpu_memory: str | int | None = None,
+    device: str | None = None,
+) -> Any:
+    """The model of a store, from the store alone (its config is in it): for export, evaluation and generation.
 
     With the adapters of its run, if it has trained any, in peft's model around it. Nothing in it requires gradients, so
     that a budget for one block's weights does.
@@ -142,6 +148,8 @@ def open_store_model(store: str | os.PathLike[str] | Sequence[str], *, host_memo
     config = stored_config(description, snapshot.identity, directories[0])
     offload = OffloadConfig(
         store=store,
+        device=device,
+        gpu_memory=gpu_memory,
         host_memory=host_memory,
         compute_dtype=description["compute_dtype"],
         moment_dtype=description.get("moment_dtype", "float32"),

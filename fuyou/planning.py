@@ -198,7 +198,7 @@ def plan_inputs(
     if config.gpu_memory is None and there is not None and there.gpu_memory_bytes is not None:
         gpu_bytes: int | None = int(GPU_MEMORY_SHARE * there.gpu_memory_bytes)
     else:
-        gpu_bytes = _gpu_memory_bytes(config, device)
+        gpu_bytes = gpu_memory_bytes(config, device)
     return PlanInputs(
         shards=tuple(shards),
         device=device,
@@ -228,7 +228,7 @@ def plan_for(inputs: PlanInputs, config: OffloadConfig) -> Plan:
     return plan
 
 
-def _gpu_memory_bytes(config: OffloadConfig, device: str) -> int | None:
+def gpu_memory_bytes(config: OffloadConfig, device: str) -> int | None:
     """The limit as given, or by what is free now; None if it is not known (a plan for another machine)."""
     if config.gpu_memory is not None:
         return parse_bytes(config.gpu_memory, "gpu_memory")

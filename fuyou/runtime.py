@@ -25,6 +25,7 @@ from fuyou.adapters import (
 )
 from fuyou.blocks import PROLOGUE, Block, ModelBlocks
 from fuyou.building import is_placeholder
+from fuyou.caches import can_be_split, join, split
 from fuyou.config import OffloadConfig, format_bytes
 from fuyou.errors import ConfigError, DataError, ModelError, PlanError
 from fuyou.executor.activations import ActivationStore
@@ -91,6 +92,8 @@ class Runtime:
           call is a pass over the weights of its own, and several before optimizer.step() add up. A batch of more than
           micro_batch_size rows is split and joined again along dimension 0; a scalar (loss, aux_loss) is the mean of its
           parts', by label tokens, or by rows without labels. Do not write into hidden_states."""
+        self.prefill_micro_batch_size: int | None = None
+        """Texts that run through a block at once while `generate` reads their prompts; None: all."""
         self._model = model
         self._parameters = dict(model.named_parameters())
         """The streamed ones, under the names that they have without adapters around them."""
@@ -673,6 +676,9 @@ class Runtime:
             if arguments.get("labels") is None:
                 # Generation calls with a cache, once a token. Weights that a step may change are not read ahead for it.
                 again = arguments.get("past_key_values") is not None and not self._gradients_wait()
+                size = self.prefill_micro_batch_size
+                if size is not None and size < _num_rows(arguments) and can_be_split(arguments):
+                    return self._prefill(arguments, size, again=again)
                 return self._executor.infer([arguments], again=again)[0]
             parts = self._split(arguments)
             if len(parts) == 1 or self._executor.adopted_forward is not None:
@@ -685,6 +691,14 @@ class Runtime:
             counted = [w * float(o.loss) for o, (_, w) in zip(outputs, parts, strict=True) if w]
             loss, logits = sum(counted) if counted else math.nan, torch.cat([output.logits for output in outputs])
             return type(outputs[0])(loss=torch.tensor(loss, device=logits.device), logits=logits)
+
+    def _prefill(self, arguments: dict[str, Any], rows_at_once: int, *, again: bool) -> Any:
+        """Read prompts into a cache in vertical micro-batches."""
+        calls = split(arguments, rows_at_once)
+        outputs = self._executor.infer(calls, again=again)
+        cache = arguments["past_key_values"]
+        join(cache, [call["past_key_values"] for call in calls])
+        return type(outputs[0])(logits=torch.cat([output.logits for output in outputs]), past_key_values=cache)
 
     @contextlib.contextmanager
     def _weights_of_last_step(self) -> Iterator[None]:

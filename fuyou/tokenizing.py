@@ -22,6 +22,10 @@ class Tokenizer(Protocol):
         """Ids of `text`; with the tokenizer's own beginning of a text (BOS, if it uses one) where asked."""
         ...
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without special tokens."""
+        ...
+
     def chat(self, messages: Sequence[Mapping[str, Any]], *, answer_follows: bool) -> str:
         """Messages in the chat template; `answer_follows` ends with the head of the assistant's turn."""
         ...
@@ -37,6 +41,10 @@ class ByteTokenizer:
     def encode(self, text: str, *, start_of_text: bool) -> list[int]:
         """Ids of `text`: its bytes."""
         return list(text.encode("utf-8"))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of these bytes; what is no UTF-8 as U+FFFD."""
+        return bytes(i for i in ids if i < 256).decode("utf-8", errors="replace")
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, answer_follows: bool) -> str:
         """Always DataError: bytes have no chat template."""
@@ -57,6 +65,11 @@ class HuggingFaceTokenizer:
         """Ids of `text`, never cut."""
         encoded = self.tokenizer(text, add_special_tokens=start_of_text, verbose=False)
         return list(encoded["input_ids"])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without special tokens."""
+        text: str = self.tokenizer.decode(list(ids), skip_special_tokens=True)
+        return text
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, answer_follows: bool) -> str:
         """Messages in the tokenizer's chat template; DataError if the template refuses them."""

@@ -20,6 +20,7 @@ from fuyou.checkpointing import prune_checkpoints, step_name
 from fuyou.config import format_bytes
 from fuyou.data import BatchOrder, DataSet, TokenRows, collate, load_data, num_label_tokens
 from fuyou.errors import ConfigError, DataError
+from fuyou.inference import keep_tokenizer
 from fuyou.lora import add_adapters
 from fuyou.metrics import MetricsFile
 from fuyou.packing import Packs, check_texts_apart, collate_packs, pack_rows
@@ -125,6 +126,7 @@ def run_training(
         raise Interrupted("before the first step: run the same command again") from None
     try:
         with model.fuyou:
+            keep_tokenizer(tokenizer, model.generation_config, offload.store_directories[0])
             return _Run(recipe, model, tokenizer, data, reporter).go(num_steps)
     except KeyboardInterrupt:
         step = model.fuyou.committed_step

@@ -53,7 +53,7 @@ from optim import NonFiniteUpdateError
         (["train", "r.yaml", "--resume", "perhaps"], "choose auto, never, must or the number of a step"),
         (["train", "r.yaml", "--sted", "1"], "--sted"),
         (["plan", "missing.yaml", "--json"], "recipe 'missing.yaml' cannot be read"),
-        (["generate", "store"], "invalid choice: 'generate'"),
+        (["generate", "store"], "one of the arguments --prompt --prompts is required"),
     ],
 )
 def test_wrong_usage_is_one_message_and_exit_code_2(
