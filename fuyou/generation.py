@@ -176,8 +176,9 @@ def plan_generation(
     """
     from fuyou.blocks import find_blocks, shape_model
     from fuyou.hardware import available_host_bytes, cached_hardware, measure_hardware
-    from fuyou.opening import DTYPES, model_of
+    from fuyou.opening import model_of
     from fuyou.planning import HOST_MEMORY_SHARE, choose_device, gpu_memory_bytes, shard_layouts, shard_sizes
+    from fuyou.store_contents import DTYPES
 
     device = choose_device(offload)
     text_config = source.config.get_text_config()

@@ -57,7 +57,7 @@ def find_source(given: str | Sequence[str], *, compute_dtype: str | None = None,
     """
     from transformers import AutoConfig
 
-    from fuyou.opening import stored_config
+    from fuyou.store_contents import stored_config
 
     if adapter is not None and not (Path(adapter).expanduser() / "adapter_config.json").is_file():
         raise ConfigError(f"--adapter {adapter}: no adapter_config.json in it: name a folder that peft has saved")
