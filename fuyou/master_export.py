@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from fuyou.blocks import Block, find_blocks
 from fuyou.errors import ModelError
 from fuyou.exporting import export_checkpoint
+from fuyou.memory import return_freed_memory
 from fuyou.opening import model_of
 from fuyou.store_contents import DTYPES, Directories, opened_store, stored_config, stored_shards
 from io_engine import BufferPool, Store, VerifyingEngine
@@ -78,6 +79,7 @@ def export_masters(store: Directories, folder: str | os.PathLike[str]) -> int:
 @contextlib.contextmanager
 def _parameters_of(store: Directories) -> Iterator[tuple[Any, _Reader, int]]:
     """The model in a store, float32 on the meta device, what reads its parameters, and the committed step."""
+    return_freed_memory()
     with opened_store(store) as (opened, engine):
         directory = Path(opened.directories[0])
         if not opened.state.get("filled"):
@@ -200,7 +202,8 @@ def _save(model: nn.Module, reader: _Reader, path: Path) -> None:
         warnings.filterwarnings("ignore", message=".*single process")
         save(
             {"model": weights, "optim": {"state": states}},
-            storage_writer=FileSystemWriter(path),
+            # A file a tensor: the writer keeps all that it has put into a file until the file is done.
+            storage_writer=FileSystemWriter(path, single_file_per_rank=False),
             planner=_Planner(sources),
             no_dist=True,
         )

@@ -23,6 +23,7 @@ from fuyou.exporting import export_checkpoint
 from fuyou.master_export import export_distributed
 from fuyou.tokenizing import save_tokenizer
 from io_engine import Store, StoreCorruptError
+from optim.states import StateFiles
 from tests.fuyou.test_data import word_tokenizer
 from tests.tiny_models import tiny_batches, tiny_model, tiny_model_config
 
@@ -258,23 +259,21 @@ def test_dcp_over_what_is_there_and_of_what_is_damaged(tmp_path: Path, monkeypat
 
 def test_dcp_holds_one_parameter_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is read once, and the one before was let go by then."""
-    from fuyou import master_export
-
     trained_store("llama_tied", "bfloat16", tmp_path / "store")[0].fuyou.close()
     alive: list[Any] = []
     num_read = 0
-    real = master_export._Reader._values
+    real = StateFiles.read
 
-    def values(self: Any, name: str) -> dict[str, torch.Tensor]:
+    def read(*args: Any) -> Any:
         nonlocal num_read
         num_read += 1
-        # One more is on its way through the writer at most.
+        # The last one is on its way through the writer at most. Arrays and not tensors: storages outlive these.
         assert sum(reference() is not None for reference in alive) <= 1
-        made = real(self, name)
-        alive[:] = [*alive, weakref.ref(made["exp_avg_sq"])]
-        return made
+        arrays = real(*args)
+        alive.extend(map(weakref.ref, arrays))
+        return arrays
 
-    monkeypatch.setattr(master_export._Reader, "_values", values)
+    monkeypatch.setattr(StateFiles, "read", read)
     export_distributed(tmp_path / "store", tmp_path / "out")
     assert num_read == len(list(tiny_model("llama_tied").parameters()))
 
