@@ -16,11 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from fuyou.blocks import CONSTRUCTED_VALUES, Block, ModelBlocks
 from fuyou.errors import ModelError
+from fuyou.quantising import QuantisedLayout
 from io_engine import BufferPool, Engine, Store, combine_checksums, piece_digest
 from optim import ShardLayout
 
@@ -386,14 +388,26 @@ def write_block(
     with pool.acquire(layout.weight_bytes) as buffer:
         array = buffer.array[: layout.weight_bytes]
         array[:] = 0
+        if isinstance(layout, QuantisedLayout):
+            for name, value in values.items():
+                _check_finite(name, value)
+            layout.quantise(values, torch.from_numpy(array))
+            return _write(store, engine, layout, array)
         flat = torch.from_numpy(array.view(np.int16 if layout.compute_dtype == "bfloat16" else np.float32))
         flat = flat.view(weight_type)
         for p in layout.parameters:
             value = values[p.name]
-            if not bool(torch.isfinite(value).all()):
-                raise ModelError(f"{p.name} holds NaN or infinity: this checkpoint cannot be trained")
+            _check_finite(p.name, value)
             flat[p.start : p.stop].copy_(value.reshape(-1))
-        engine.write(store.extent(layout.weight_name), array).wait()
-        piece = layout.weight_piece_bytes
-        digests = [piece_digest(array[at : at + piece]) for at in range(0, len(array), piece)]
-    return combine_checksums(digests)
+        return _write(store, engine, layout, array)
+
+
+def _write(store: Store, engine: Engine, layout: ShardLayout, array: NDArray[np.uint8]) -> str:
+    engine.write(store.extent(layout.weight_name), array).wait()
+    piece = layout.weight_piece_bytes
+    return combine_checksums([piece_digest(array[at : at + piece]) for at in range(0, len(array), piece)])
+
+
+def _check_finite(name: str, value: torch.Tensor) -> None:
+    if not bool(torch.isfinite(value).all()):
+        raise ModelError(f"{name} holds NaN or infinity: this checkpoint cannot be trained")

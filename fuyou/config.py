@@ -70,8 +70,9 @@ class OffloadConfig:
     moment_dtype: Literal["float32", "bfloat16", "int8"] = "float32"
     """Data type of Adam's moments on the drive: 26, 18 or 14 bytes of traffic a parameter and step with bfloat16 compute.
     Less than float32 is rounded stochastically; docs/benchmarks.md shows what it costs. Fixed when a run is created."""
-    frozen_dtype: Literal["bfloat16"] = "bfloat16"
-    """How frozen blocks are stored."""
+    frozen_dtype: Literal["bfloat16", "int8", "nf4"] = "bfloat16"
+    """How decoder layers that are frozen when a store is made are stored: as they are computed with, or quantised (extra
+    `quantised`). Those cannot be trained in this store. Fixed when a run is created."""
     micro_batch_size: int | None = None
     """Rows computed at once. None: the whole batch as it is given. Fixed when a run is created."""
     loss_chunk_tokens: int | None = None
@@ -104,8 +105,7 @@ class OffloadConfig:
                 parse_bytes(getattr(self, field), field)
         _choice("compute_dtype", self.compute_dtype, ("bfloat16", "float32"), {"float16": "use bfloat16"})
         _choice("moment_dtype", self.moment_dtype, ("float32", "bfloat16", "int8"), {})
-        later = "frozen weights are stored in bfloat16; leave the field out"
-        _choice("frozen_dtype", self.frozen_dtype, ("bfloat16",), {"int8": later, "nf4": later})
+        _choice("frozen_dtype", self.frozen_dtype, ("bfloat16", "int8", "nf4"), {})
         _choice("durability", self.durability, (None, "step", "checkpoint"), {})
         for field in ("commit_every_steps", "micro_batch_size", "loss_chunk_tokens"):
             value = getattr(self, field)

@@ -24,6 +24,7 @@ from fuyou.errors import ModelError
 from fuyou.exporting import export_checkpoint
 from fuyou.memory import return_freed_memory
 from fuyou.opening import model_of
+from fuyou.quantising import QuantisedLayout
 from fuyou.store_contents import DTYPES, Directories, opened_store, stored_config, stored_shards
 from io_engine import BufferPool, Store, VerifyingEngine
 from optim import ShardLayout
@@ -92,6 +93,11 @@ def _parameters_of(store: Directories) -> Iterator[tuple[Any, _Reader, int]]:
         description = opened.description
         config = stored_config(description, opened.identity, directory)
         shards = stored_shards(description, directory)
+        if any(isinstance(shard, QuantisedLayout) for shard in shards):
+            raise ModelError(
+                f"the store in {directory} holds quantised weights, of which there are no float32 masters: export it as "
+                "safetensors (fuyou export STORE OUT)"
+            )
         chunk_bytes = max(max(shard.weight_range(0)[1], shard.full_record_bytes) for shard in shards)
         with model_of(config, torch.float32) as model, BufferPool(chunk_bytes + 2**21, name="export") as pool:
             reader = _Reader(opened, VerifyingEngine(engine, opened), pool, shards)

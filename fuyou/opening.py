@@ -31,6 +31,7 @@ from fuyou.memory import return_freed_memory
 from fuyou.plan import Plan
 from fuyou.planner import PlanInputs, ShardSize
 from fuyou.planning import choose_device, plan_for, plan_inputs, shard_layouts, shard_sizes
+from fuyou.quantising import QuantisedLayout, check_available
 from fuyou.runtime import Runtime
 from fuyou.store_contents import (
     DTYPES,
@@ -153,6 +154,7 @@ def open_store_model(
         host_memory=host_memory,
         compute_dtype=description["compute_dtype"],
         moment_dtype=description.get("moment_dtype", "float32"),
+        frozen_dtype=description.get("frozen_dtype", "bfloat16"),
         resume="must",
         blocks=description.get("blocks_path"),
     )
@@ -356,6 +358,20 @@ def _open(
     model.train()
     if offload.loss_chunk_tokens is not None:
         check_chunkable(model)
+    directories = offload.store_directories
+    exists = Store.exists(directories)
+    found = Store.peek(directories) if exists else None
+    identity = {
+        "fingerprint": fingerprint(config, type(model).__name__),
+        "compute_dtype": offload.compute_dtype,
+        "moment_dtype": offload.moment_dtype,
+        "frozen_dtype": offload.frozen_dtype,
+    }
+    _check_resume(offload, found, directories[0])
+    if found is not None:
+        _check_identity(found, identity, type(model).__name__, directories[0])
+    if offload.frozen_dtype != "bfloat16":
+        layouts |= _quantised(layouts, model, blocks, offload.frozen_dtype, found)
     # Refused before anything is made on the drive; clipping is not known yet, and needs no more memory.
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     plan = plan_for(
@@ -368,17 +384,6 @@ def _open(
         ),
         offload,
     )
-    identity = {
-        "fingerprint": fingerprint(config, type(model).__name__),
-        "compute_dtype": offload.compute_dtype,
-        "moment_dtype": offload.moment_dtype,
-    }
-    directories = offload.store_directories
-    exists = Store.exists(directories)
-    found = Store.peek(directories) if exists else None
-    _check_resume(offload, found, directories[0])
-    if found is not None:
-        _check_identity(found, identity, type(model).__name__, directories[0])
     if not exists:
         check()  # a checkpoint that cannot be read makes no store
         for directory in directories:  # what is measured must be there
@@ -407,6 +412,7 @@ def _open(
                 "source": source,
                 "compute_dtype": offload.compute_dtype,
                 "moment_dtype": offload.moment_dtype,
+                "frozen_dtype": offload.frozen_dtype,
                 "blocks_path": blocks.path,
                 "attn_implementation": attn_implementation,
                 "config": config.to_dict() | {"model_type": config.model_type},
@@ -468,6 +474,24 @@ def _open(
     return model
 
 
+def _quantised(
+    layouts: Mapping[str, ShardLayout], model: nn.Module, blocks: ModelBlocks, frozen_dtype: str, found: Any
+) -> dict[str, ShardLayout]:
+    """The layouts of the decoder layers that are frozen now, or that are quantised in a store already; ConfigError for none."""
+    check_available()
+    parameters = dict(model.named_parameters())
+    if found is not None and found.description:
+        names = {shard["name"] for shard in found.description.get("shards", []) if shard.get("frozen_dtype")}
+    else:
+        names = {b.name for b in blocks.layers if not any(parameters[name].requires_grad for name in b.parameters)}
+    if not names & layouts.keys():
+        raise ConfigError(
+            f"frozen_dtype={frozen_dtype!r}, but no decoder layer is frozen: pass trainable=() to train adapters alone, or "
+            "trainable with the patterns of what is trained"
+        )
+    return {name: QuantisedLayout.from_plain(layouts[name], frozen_dtype) for name in names & layouts.keys()}
+
+
 def _rates(directories: Sequence[Path], engine: Engine) -> list[float] | None:
     """By what several drives are given shares of every large extent: reading and writing at once, measured now."""
     if len(directories) == 1:
@@ -517,9 +541,9 @@ def _check_identity(store: StoreSnapshot, identity: dict[str, str], model_class:
             f"{directory} belongs to another model ({found}, {source}), not to this {model_class}: name another directory for "
             "this run, or open that model"
         )
-    for field in ("compute_dtype", "moment_dtype"):
-        # Stores made before there was a choice of moments name none.
-        found = store.identity.get(field, "float32" if field == "moment_dtype" else None)
+    # Stores made before there was a choice of moments, or of frozen weights, name none.
+    for field, before in (("compute_dtype", None), ("moment_dtype", "float32"), ("frozen_dtype", "bfloat16")):
+        found = store.identity.get(field, before)
         if found != identity[field]:
             raise StoreError(
                 f"{directory} was made with {field}={found!r}, this run asks for {identity[field]!r}: a run keeps its "

@@ -129,7 +129,7 @@ class OffloadSection(_Section):
     moment_dtype: Text = "float32"
     """"float32"."""
     frozen_dtype: Text = "bfloat16"
-    """"bfloat16"."""
+    """"bfloat16", or "int8" or "nf4" for decoder layers that are not trained, as under lora."""
     micro_batch_size: int | None = None
     """Rows computed at once. Left out: training.per_device_train_batch_size."""
     loss_chunk_tokens: int | None = None

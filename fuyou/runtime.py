@@ -40,6 +40,7 @@ from fuyou.merging import merged_blocks, restore_adapters
 from fuyou.plan import Plan
 from fuyou.planner import least_memory, pooled_bytes, simulate_plan
 from fuyou.planning import plan_for, plan_inputs, shard_sizes
+from fuyou.quantising import QuantisedLayout
 from fuyou.simulator import SimulatedStep
 from fuyou.streamed_adamw import StreamedAdamW
 from fuyou.trace import Trace, TracingEngine
@@ -289,6 +290,12 @@ class Runtime:
         self._adapted = frozenset(adapters)
         plan = self._make_plan(clipping=max_grad_norm is not None)
         trained = [b.name for b in plan.blocks if b.trainable]
+        for name in trained:
+            if isinstance(self.layouts[name], QuantisedLayout):
+                raise ConfigError(
+                    f"{name} is to be trained, but its weights are quantised in this store: freeze it (lora.modules_to_save "
+                    'trains copies beside it), or begin a run with frozen_dtype="bfloat16" in another directory'
+                )
         if not trained and not adapters:
             raise ConfigError("no parameter requires a gradient: there is nothing to train")
         self._lay_out_states(trained)

@@ -16,6 +16,7 @@ import torch
 
 from fuyou.config import OffloadConfig
 from fuyou.html import StoreContents
+from fuyou.quantising import QuantisedLayout
 from fuyou.trace_files import TRACE_NAME
 from io_engine import Checkpoint, Engine, PosixEngine, Store, StoreError
 from optim import ShardLayout
@@ -134,7 +135,8 @@ def _checked_shard(data: Any) -> ShardLayout:
     )
     if layout != made:
         raise ValueError(f"the parameters of {made.name[:80]} do not lie where they should")
-    return made
+    kind = data.get("frozen_dtype")
+    return made if kind is None else QuantisedLayout.from_plain(made, str(kind))
 
 
 def stored_shards(description: Mapping[str, Any], directory: Path) -> list[ShardLayout]:

@@ -48,7 +48,9 @@ def main() -> int:
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(options.work / "base")
     rows = [
-        row for row in (_row(tokenizer, pair) for pair in docstring_pairs()) if row["input_ids"].shape[1] <= MAX_LENGTH
+        row
+        for row in (tokens_of_pair(tokenizer, pair) for pair in docstring_pairs())
+        if row["input_ids"].shape[1] <= MAX_LENGTH
     ]
     held_out, train = rows[:NUM_HELD_OUT_PAIRS], rows[NUM_HELD_OUT_PAIRS : NUM_HELD_OUT_PAIRS + options.steps]
     result: dict[str, Any] = {
@@ -71,7 +73,8 @@ def main() -> int:
     return int(any(loss > 1.01 * final["float32"] for loss in final.values()))
 
 
-def _row(tokenizer: Any, pair: Any) -> Batch:
+def tokens_of_pair(tokenizer: Any, pair: Any) -> Batch:
+    """A question and its answer in the chat template, a row of one; only the answer's tokens are labels."""
     question = [{"role": "user", "content": pair.question}]
     answer = [{"role": "assistant", "content": pair.answer}]
     prompt = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
@@ -96,20 +99,20 @@ def _train(
         )
         for step, batch in enumerate(train):
             if step % options.evaluate == 0:
-                curve["held_out"].append((step, _evaluate(model, held_out)))
+                curve["held_out"].append((step, evaluate(model, held_out)))
             model(**batch).loss.backward()
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
             curve["training"].append(model.fuyou.step_metrics()["loss"])
-        curve["held_out"].append((len(train), _evaluate(model, held_out)))
+        curve["held_out"].append((len(train), evaluate(model, held_out)))
     curve["seconds"] = time.monotonic() - started_seconds
     print(f"{moment_dtype}: held-out loss {curve['held_out']} in {curve['seconds']:.0f} s", flush=True)
     return curve
 
 
 @torch.no_grad()
-def _evaluate(model: Any, rows: list[Batch]) -> float:
+def evaluate(model: Any, rows: list[Batch]) -> float:
     """Mean over the answers' tokens, rows padded into one batch: a padded label counts for nothing."""
     model.eval()
     total, num_tokens = 0.0, 0

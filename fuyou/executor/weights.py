@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 
 from fuyou.executor.device import Device, Ready, nothing_to_wait_for
+from fuyou.quantising import QuantisedLayout
 from io_engine import BudgetError, Buffer, BufferPool, Engine, Store, Transfer
 from optim import OffloadedAdamW, ShardLayout, UpdateJob
 
@@ -48,7 +49,9 @@ class LoadedShard:
         return arrived and (self.job is None or (self.job.done.is_set() and self.job.error is None))
 
     def host_tensor(self) -> torch.Tensor:
-        """The weights as a flat tensor of the compute dtype that shares the buffer's memory."""
+        """The weights as a flat tensor of the compute dtype that shares the buffer's memory; a copy of quantised ones."""
+        if isinstance(self.layout, QuantisedLayout):
+            return self.layout.dequantise(torch.from_numpy(self.array))
         if self.layout.compute_dtype == "bfloat16":
             return torch.from_numpy(self.array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(self.array.view(np.float32))
@@ -132,7 +135,11 @@ class WeightStream:
                 self._forget(shard)
             raise
         if shard.device_weights is None:
-            shard.device_weights, shard.uploaded = self._device.upload(shard.host_tensor())
+            if isinstance(shard.layout, QuantisedLayout):
+                codes, shard.uploaded = self._device.upload(torch.from_numpy(shard.array))
+                shard.device_weights = shard.layout.dequantise(codes)
+            else:
+                shard.device_weights, shard.uploaded = self._device.upload(shard.host_tensor())
         return shard
 
     def release(self, shard: LoadedShard) -> None:
@@ -175,6 +182,9 @@ class WeightStream:
     def _free_if_unused(self, shard: LoadedShard) -> None:
         name = shard.layout.name
         current = self._loaded.get(name) is shard
+        if shard.num_references == 0 and isinstance(shard.layout, QuantisedLayout):
+            shard.uploaded()
+            shard.device_weights = None  # twice to four times as large as what may stay
         if shard.num_references > 0 or shard.prefetched or (current and name in self._resident):
             return
         if current and self._visits and self._visits[0] == name and shard.is_whole():
