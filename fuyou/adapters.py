@@ -22,7 +22,7 @@ from torch import nn
 from fuyou.blocks import EPILOGUE, ModelBlocks
 from fuyou.building import StreamedParameter, is_placeholder, write_block
 from fuyou.errors import ConfigError, ModelError
-from fuyou.planner import pooled_bytes
+from fuyou.plan_search import pooled_bytes
 from io_engine import BufferPool, Engine, ExtentSpec, Store
 from optim import DEFAULT_CHUNK_ELEMENTS, OffloadedAdamW, ShardLayout, UpdateJob
 

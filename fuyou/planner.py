@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 from fuyou.config import format_bytes
 from fuyou.costs import num_update_workers
 from fuyou.errors import PlanError
 from fuyou.hardware import HardwareProfile
 from fuyou.plan import BlockPlan, Plan, Prediction
+from fuyou.plan_search import LEAST_GAIN, Search, pooled_bytes
 from fuyou.simulator import SimulatedStep, simulate_step
-from io_engine.buffers import size_class_bytes
 
 MEBIBYTE = 2**20
 LEAST_RECORD_BUFFERS, COMFORTABLE_RECORD_BUFFERS = 2, 6
@@ -20,8 +20,6 @@ LEAST_RECORD_BUFFERS, COMFORTABLE_RECORD_BUFFERS = 2, 6
 0.91 of the drive's limit with four, 0.99 with six)."""
 COMMIT_EVERY_STEPS = 20
 """With durability="checkpoint", where the user names no number: the drive gets a twentieth of the bytes."""
-LEAST_GAIN = 0.02
-"""A change of windows that shortens the step by less is not made: it would cost memory for nothing sure."""
 MIN_ACTIVATION_BYTES = 8 * MEBIBYTE
 OVERHEAD_SHARE, MAX_OVERHEAD_BYTES = 6, 96 * MEBIBYTE
 """A sixth of the budget, at most this, stays free for Python objects, kernels, torch's temporaries and what the
@@ -50,11 +48,6 @@ class ShardSize:
     activation_bytes_per_token: int = 0
     in_backward: bool = True
     """As in BlockPlan."""
-
-
-def pooled_bytes(num_bytes: int) -> int:
-    """What a buffer takes from a pool; 0 for none."""
-    return size_class_bytes(num_bytes) if num_bytes else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,45 +207,31 @@ def make_plan(
         )
         for s in shards
     ]
-    choices = sorted(_choices(blocks), key=lambda c: -c.bytes_saved / c.memory_bytes)
-    spills = any(b.gradient == "spill" for b in blocks)
-    while choices:
-        choice = next((c for c in choices if c.memory_bytes <= free), None)
-        if choice is None:
-            break
-        choices.remove(choice)
-        free -= choice.memory_bytes
-        blocks[choice.block] = dataclasses.replace(blocks[choice.block], **choice.change)
-        if "gradient" in choice.change:
-            gradient_pool += choice.memory_bytes
-        elif "weights_in_host" in choice.change:
-            weight_pool += choice.memory_bytes
-        else:
-            record_pool += choice.memory_bytes
-        if spills and not any(b.gradient == "spill" for b in blocks):
-            spills = False  # records need no room for a gradient's chunk any more
-            surplus = ring - max(least.records, COMFORTABLE_RECORD_BUFFERS * pooled_bytes(record))
-            surplus = max(0, min(surplus, record_pool - least.records))
-            record_pool -= surplus
-            free += surplus
     every = (commit_every_steps or COMMIT_EVERY_STEPS) if writes_back else 1
 
     def step_seconds(changed: Sequence[BlockPlan]) -> float:
         assert hardware is not None
         return predict(changed, hardware, num_tokens, prefetch_depth, every, sequence_length=sequence_length).seconds
 
-    seconds = step_seconds if hardware is not None and num_tokens else None
-    late = [] if writes_back else _late_blocks(blocks, free, seconds)
-    for number in late:
-        change: dict[str, Any] = {"update_window": "forward"}
-        if blocks[number].gradient == "free":
-            change["gradient"] = "host"
-            gradient_pool += take(pooled_bytes(blocks[number].gradient_bytes))
-        blocks[number] = dataclasses.replace(blocks[number], **change)
-    swapped = _swapped_layers(blocks, free, seconds, num_tokens)
-    for number in swapped:
-        blocks[number] = dataclasses.replace(blocks[number], activations="host")
-    activations += take(free)
+    # Records need no room for a gradient's chunk once nothing is spilled.
+    surplus = ring - max(least.records, COMFORTABLE_RECORD_BUFFERS * pooled_bytes(record))
+    search = Search(
+        blocks,
+        free_bytes=free,
+        surplus_bytes=max(0, min(surplus, record_pool - kept[2] - least.records)),
+        num_tokens=num_tokens or 0,
+        may_be_late=not writes_back,
+        seconds=step_seconds if hardware is not None and num_tokens else None,
+    )
+    found = search.best()
+    blocks = found.blocks
+    weight_pool += found.weight_bytes
+    gradient_pool += found.gradient_bytes
+    record_pool += found.record_bytes
+    activations += found.free_bytes + found.activation_bytes
+    late = [b for b in blocks if b.trainable and b.update_window == "forward"]
+    swapped = [b for b in blocks if b.activations != "recompute"]
+    spills = any(b.gradient == "spill" for b in blocks)
     reasons["update_window"] = (
         "all updates are made on the way to the next forward pass: in memory there is no old slot to undo an early one from"
         if writes_back
@@ -273,7 +252,8 @@ def make_plan(
         )
     reasons["weights_in_host"] = (
         f"weights of {sum(b.weights_in_host for b in blocks)} and states of {sum(b.states_in_host for b in blocks)} of "
-        f"{len(blocks)} blocks, by traffic saved per byte of memory; every step that is committed is written through"
+        f"{len(blocks)} blocks, by traffic saved per byte of memory{found.counted}; every step that is committed is "
+        "written through"
     )
     reasons["durability"] = (
         f"all that is trained fits into host memory, so that the drive gets one step in {every}, and whatever is flushed; a "
@@ -282,9 +262,11 @@ def make_plan(
         else "every optimizer step is committed; a crash costs at most the two steps in flight"
     )
     num_layers = sum(b.kind == "layer" for b in blocks)
+    num_in_files = sum(b.activations == "ssd" for b in swapped)
     reasons["activations"] = (
-        f"outputs of matrix products of {len(swapped)} of {num_layers} layers wait in host memory that nothing else needs, which "
-        "takes less time than computing them again; of the others the input alone is kept"
+        f"outputs of matrix products of {len(swapped)} of {num_layers} layers wait in "
+        + ("host memory" if not num_in_files else f"host memory and, of {num_in_files}, in scratch files")
+        + ", which takes less time than computing them again; of the others the input alone is kept"
         if swapped
         else "each layer is computed again in the backward pass; its input alone is kept"
     )
@@ -352,16 +334,6 @@ class PlanInputs:
         return plan if plan.prediction.seconds <= each_step.prediction.seconds * (1 + LEAST_GAIN) else each_step
 
 
-@dataclasses.dataclass(frozen=True)
-class _Choice:
-    """Something that may be kept in host memory: a change to block number `block` and what it costs and saves."""
-
-    block: int
-    change: dict[str, Any]
-    memory_bytes: int
-    bytes_saved: int
-
-
 def _kept_bytes(trainable: Sequence[ShardSize]) -> tuple[int, int, int]:
     """What all trained weights, gradients and states take from their pools when they stay in host memory."""
     return (
@@ -369,88 +341,6 @@ def _kept_bytes(trainable: Sequence[ShardSize]) -> tuple[int, int, int]:
         sum(pooled_bytes(s.gradient_bytes) for s in trainable),
         sum(pooled_bytes(s.state_bytes) for s in trainable),
     )
-
-
-def spread(numbers: Sequence[int], count: int) -> list[int]:
-    """`count` of the numbers, evenly spread."""
-    return [numbers[(2 * i + 1) * len(numbers) // (2 * count)] for i in range(count)]
-
-
-def best_count(most: int, seconds: Callable[[int], float]) -> int:
-    """The number from 0 to `most` with the shortest time, 0 unless the gain is worth it.
-
-    The time falls while work moves into idle lanes and rises when those are full: a coarse look, then around the best.
-    """
-    step = max(1, most // 8)
-    found = {number: seconds(number) for number in sorted({*range(0, most + 1, step), most})}
-    while step > 1:
-        step //= 2
-        best = min(found, key=lambda n: (found[n], n))
-        for number in (best - step, best + step):
-            if 0 <= number <= most and number not in found:
-                found[number] = seconds(number)
-    best = min(found, key=lambda n: (found[n], n))
-    return best if found[best] < found[0] * (1 - LEAST_GAIN) else 0
-
-
-StepSeconds = Callable[[Sequence[BlockPlan]], float]
-
-
-def _late_blocks(blocks: Sequence[BlockPlan], free_bytes: int, seconds: StepSeconds | None) -> list[int]:
-    """Numbers of the blocks whose updates are better made on the way to their next forward pass.
-
-    They are spread over the model: weights are read a few blocks ahead only, so that late updates of neighbours would
-    wait for each other. A gradient that clipping does not keep anyway must fit into `free_bytes` until then.
-    """
-    if seconds is None:
-        return []
-    trainable = [number for number, block in enumerate(blocks) if block.trainable]
-    largest = max((pooled_bytes(block.gradient_bytes) for block in blocks if block.gradient == "free"), default=0)
-    most = min(len(trainable), free_bytes // largest if largest else len(trainable))
-
-    def tried(num_late: int) -> float:
-        changed = list(blocks)
-        for number in spread(trainable, num_late):
-            gradient: Any = "host" if changed[number].gradient == "free" else changed[number].gradient
-            changed[number] = dataclasses.replace(changed[number], update_window="forward", gradient=gradient)
-        return seconds(changed)
-
-    return spread(trainable, best_count(most, tried))
-
-
-def _swapped_layers(
-    blocks: Sequence[BlockPlan], free_bytes: int, seconds: StepSeconds | None, num_tokens: int | None
-) -> list[int]:
-    """Numbers of the layers whose activations are better kept in `free_bytes` of host memory than computed again.
-
-    Layers of a model save alike per byte, so that their number is what there is to choose. What rounding to whole
-    buffers takes on top goes to scratch files; the executor sees to that.
-    """
-    layers = [number for number, block in enumerate(blocks) if block.activation_bytes_per_token]
-    if seconds is None or not num_tokens or not layers:
-        return []
-    largest = max(num_tokens * blocks[number].activation_bytes_per_token for number in layers)
-
-    def tried(num_swapped: int) -> float:
-        changed = list(blocks)
-        for number in spread(layers, num_swapped):
-            changed[number] = dataclasses.replace(changed[number], activations="host")
-        return seconds(changed)
-
-    return spread(layers, best_count(min(len(layers), free_bytes // largest), tried))
-
-
-def _choices(blocks: Sequence[BlockPlan]) -> Iterator[_Choice]:
-    for number, block in enumerate(blocks):
-        if block.gradient == "spill":
-            yield _Choice(number, {"gradient": "host"}, pooled_bytes(block.gradient_bytes), block.gradient_bytes)
-    for number, block in enumerate(blocks):
-        if not block.weights_in_host:
-            saved = block.num_weight_reads() * block.weight_bytes
-            yield _Choice(number, {"weights_in_host": True}, pooled_bytes(block.weight_bytes), saved)
-    for number, block in enumerate(blocks):
-        if block.trainable and not block.states_in_host:
-            yield _Choice(number, {"states_in_host": True}, pooled_bytes(block.state_bytes), block.state_bytes)
 
 
 def traffic(blocks: Sequence[BlockPlan], commit_every_steps: int = 1) -> tuple[int, int]:

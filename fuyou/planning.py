@@ -13,7 +13,8 @@ from fuyou.config import OffloadConfig, format_bytes, parse_bytes
 from fuyou.errors import ConfigError, PlanError
 from fuyou.hardware import HardwareProfile, available_host_bytes, num_cores
 from fuyou.plan import Plan
-from fuyou.planner import PlanInputs, ShardSize, least_memory, pooled_bytes
+from fuyou.plan_search import pooled_bytes
+from fuyou.planner import PlanInputs, ShardSize, least_memory
 from optim import DEFAULT_CHUNK_ELEMENTS, ShardLayout
 
 GPU_MEMORY_SHARE = 0.95

@@ -38,7 +38,8 @@ from fuyou.hardware import cached_hardware
 from fuyou.memory import MemoryMeter
 from fuyou.merging import merged_blocks, restore_adapters
 from fuyou.plan import Plan
-from fuyou.planner import least_memory, pooled_bytes, simulate_plan
+from fuyou.plan_search import pooled_bytes
+from fuyou.planner import least_memory, simulate_plan
 from fuyou.planning import plan_for, plan_inputs, shard_sizes
 from fuyou.quantising import QuantisedLayout
 from fuyou.simulator import SimulatedStep

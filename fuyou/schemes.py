@@ -14,7 +14,8 @@ from fuyou.costs import SCHEMES, TFLOPS_FORMULA
 from fuyou.errors import ConfigError
 from fuyou.hardware import HardwareProfile
 from fuyou.plan import BlockPlan
-from fuyou.planner import ShardSize, best_count, make_plan, spread
+from fuyou.plan_search import best_count, spread
+from fuyou.planner import ShardSize, make_plan
 from fuyou.simulator import SimulatedStep, multiplied_parameters, simulate_step
 
 HOST_MEMORY_SHARE = 0.8

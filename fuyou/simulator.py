@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from fuyou.costs import BACKWARD_FLOPS, FORWARD_FLOPS, RECOMPUTE_FLOPS
 from fuyou.hardware import HardwareProfile
@@ -30,8 +31,7 @@ Speeds = Callable[[frozenset[str]], Mapping[str, float]]
 """From the busy lanes to the share of its own full speed at which each works."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Task:
+class Task(NamedTuple):
     """Work of `seconds` on one lane at full speed, once all tasks `after` (numbers in their list, each once) have ended."""
 
     lane: str
@@ -40,8 +40,7 @@ class Task:
     after: tuple[int, ...] = ()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class SimulatedSpan:
+class SimulatedSpan(NamedTuple):
     """When a task was worked on, in seconds from the beginning."""
 
     lane: str
@@ -74,6 +73,12 @@ class SimulatedStep:
 
 def play(tasks: Sequence[Task], speeds: Speeds) -> list[SimulatedSpan]:
     """Play tasks, listed behind those they wait for; returns a span for each, in the order of the list."""
+    started, ended = _play(tasks, speeds)
+    return [SimulatedSpan(t.lane, t.name, started[n], ended[n]) for n, t in enumerate(tasks)]
+
+
+def _play(tasks: Sequence[Task], speeds: Speeds) -> tuple[list[float], list[float]]:
+    """When each task begins and when it ends."""
     names = list(dict.fromkeys(task.lane for task in tasks))
     lanes = [names.index(task.lane) for task in tasks]
     waiting = [len(task.after) for task in tasks]
@@ -115,7 +120,7 @@ def play(tasks: Sequence[Task], speeds: Speeds) -> list[SimulatedSpan]:
                 waiting[follower] -= 1
                 if waiting[follower] == 0:
                     heapq.heappush(ready[lanes[follower]], follower)
-    return [SimulatedSpan(t.lane, t.name, started[n], ended[n]) for n, t in enumerate(tasks)]
+    return started, ended
 
 
 def multiplied_parameters(blocks: Sequence[BlockPlan], sequence_length: int) -> dict[str, int]:
@@ -152,14 +157,12 @@ def simulate_step(
         blocks, hardware, num_tokens, prefetch_depth, commit_every_steps, sequence_length, updates_after_backward
     )
     ends = [builder.add_step() for _ in range(3)]
-    spans = play(builder.tasks, lane_speeds(hardware))
-    begin, end = spans[ends[1]].ended_seconds, spans[ends[2]].ended_seconds
+    started, ended = _play(builder.tasks, lane_speeds(hardware))
+    begin, end = ended[ends[1]], ended[ends[2]]
     inside = [
-        dataclasses.replace(
-            s, started_seconds=max(s.started_seconds, begin) - begin, ended_seconds=min(s.ended_seconds, end) - begin
-        )
-        for s in spans
-        if s.ended_seconds > begin and s.started_seconds < end and s.ended_seconds > s.started_seconds
+        SimulatedSpan(task.lane, task.name, max(started[n], begin) - begin, min(ended[n], end) - begin)
+        for n, task in enumerate(builder.tasks)
+        if ended[n] > begin and started[n] < end and ended[n] > started[n]
     ]
     lanes = dict.fromkeys(("gpu", "h2d", "d2h", "ssd_read", "ssd_write", "cpu"), 0.0)
     for span in inside:
@@ -249,7 +252,7 @@ class _StepBuilder:
         return end
 
     def _add(self, lane: str, name: str, seconds: float, after: Iterable[int | None]) -> int:
-        self.tasks.append(Task(lane, name, seconds, tuple(sorted({n for n in after if n is not None}))))
+        self.tasks.append(Task(lane, name, seconds, tuple({n for n in after if n is not None})))
         return len(self.tasks) - 1
 
     def _read_weights(self, block: BlockPlan) -> int:

@@ -15,13 +15,13 @@ import fuyou
 from fuyou.costs import num_update_workers, state_bytes_per_parameter, weight_bytes_per_parameter
 from fuyou.hardware import HardwareProfile
 from fuyou.plan import Plan
+from fuyou.plan_search import pooled_bytes
 from fuyou.planner import (
     MIN_ACTIVATION_BYTES,
     ShardSize,
     least_memory,
     make_plan,
     overhead_bytes,
-    pooled_bytes,
     predict,
     traffic,
 )
@@ -197,7 +197,7 @@ def test_prediction_by_hand() -> None:
 
 
 def test_late_updates_where_the_forward_pass_leaves_the_drive_idle() -> None:
-    """A GPU, a drive that is the limit of the backward pass alone: updates all over the model move, as far as it helps."""
+    """A GPU, a drive that is the limit of the backward pass alone: some updates move, as far as it helps."""
     fast = dataclasses.replace(HARDWARE, device="cuda", compute_flops_per_second=8e12, adam_parameters_per_second=1e12)
     options: dict[str, Any] = {
         "device": "cuda",
@@ -216,7 +216,6 @@ def test_late_updates_where_the_forward_pass_leaves_the_drive_idle() -> None:
         made = make_plan(UNTIED, clipping=clipping, **options)
         late = [number for number, b in enumerate(made.blocks) if b.update_window == "forward"]
         assert 0 < len(late) < len(made.blocks)
-        assert max(b - a for a, b in itertools.pairwise(late)) - min(b - a for a, b in itertools.pairwise(late)) <= 1
         assert all(made.blocks[number].gradient == "host" for number in late)
         assert all(b.update_window == "backward" for b in early.blocks)
         assert made.prediction is not None
@@ -303,10 +302,11 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             if step in (1, num_steps - 1):
-                # Late updates would begin in a flush, and what they need be read twice.
-                if model.fuyou.step_metrics()["update_window"] == "backward":
-                    model.fuyou.flush()
+                model.fuyou.flush()
                 moved = sum(model.fuyou.bytes_moved) - moved
+        # The flush has made late updates by themselves: their weights were read for them, and again for the forward pass.
+        late = [b for b in model.fuyou.plan.blocks if b.trainable and b.update_window == "forward"]
+        moved -= sum(b.weight_bytes for b in late if not b.weights_in_host)
         model.fuyou.flush()
         return model.fuyou.committed_step, moved / max(1, num_steps - 2)
 

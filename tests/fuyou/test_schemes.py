@@ -66,12 +66,12 @@ def test_tflops_by_hand(gpt3_13b: list[ShardSize]) -> None:
 
 @pytest.mark.parametrize(("name", "billions"), [("llama-70b", 70.6), ("gpt3-175b", 175), ("llama-405b", 405.9)])
 def test_large_shapes_are_planned_in_seconds_without_weights(name: str, billions: float) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     shards = shards_of(load_model_config(name))
     machine = dataclasses.replace(load_hardware("h100").with_drives(4), host_memory_bytes=2**39)
     run = simulate_scheme("fuyou", shards, machine, batch_size=16, sequence_length=2048)
-    # Under 5 on a machine that does nothing else; a minute would be another order of work.
-    assert time.perf_counter() - started < 20
+    # Of a processor, so that neighbours do not count; 1 to 3 were seen, 5 are promised on a machine of its own.
+    assert time.process_time() - started < 10
     assert sum(s.num_parameters for s in shards) / 1e9 == pytest.approx(billions, rel=0.01)
     assert run.seconds_per_step > 0
 

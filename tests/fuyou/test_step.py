@@ -59,6 +59,7 @@ class Pair:
             compute_dtype="float32",
             micro_batch_size=micro_batch_size,
             host_memory=host_memory,
+            durability="step",  # whatever another test has measured
         )
         if activations != "recompute":
             plan = fuyou.plan_model(

@@ -13,7 +13,7 @@ import torch
 
 import fuyou
 import fuyou.runtime
-from fuyou.planner import pooled_bytes
+from fuyou.plan_search import pooled_bytes
 from tests.fuyou.test_step import Broken, Pair, _make, _one_thread, failing, joined
 
 __all__ = ["_make", "_one_thread"]  # fixtures
