@@ -1,8 +1,9 @@
 """Where blocks are computed, behind one small interface: the host itself, or a CUDA device with copy streams.
 
 On the host the weights that were read are the weights that are computed with, and gradients are summed where the
-optimizer reads them: `upload` and `download` move nothing. On CUDA both are asynchronous copies on streams of their
-own; events order them with compute, and nothing waits for the device but the thread that needs the bytes.
+optimizer reads them: uploads and downloads move nothing. On CUDA both are asynchronous copies on streams of their own;
+events order them with compute, and nothing waits for the device but the thread that needs the bytes. Weights go in turn
+into slots of device memory that are allocated once.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +36,18 @@ class Device(Protocol):
 
         `host` must stay unchanged until the Ready returns.
         """
+        ...
+
+    def reserve_weights(self, num_bytes: Sequence[int]) -> None:
+        """Make room for weights of these sizes at once, in place of what was reserved before; none may be in use."""
+        ...
+
+    def upload_weights(self, host: torch.Tensor) -> tuple[torch.Tensor, Ready]:
+        """As `upload`, into memory reserved for weights; give it back with `release_weights`."""
+        ...
+
+    def release_weights(self, device: torch.Tensor) -> None:
+        """Compute issued so far is the last to use these weights; their memory may be another block's now."""
         ...
 
     def download(self, device: torch.Tensor, host: torch.Tensor) -> Ready:
@@ -67,6 +80,16 @@ class HostDevice:
     def upload(self, host: torch.Tensor) -> tuple[torch.Tensor, Ready]:
         """`host` itself."""
         return host, nothing_to_wait_for
+
+    def reserve_weights(self, num_bytes: Sequence[int]) -> None:
+        """Weights are computed with where they were read."""
+
+    def upload_weights(self, host: torch.Tensor) -> tuple[torch.Tensor, Ready]:
+        """`host` itself."""
+        return host, nothing_to_wait_for
+
+    def release_weights(self, device: torch.Tensor) -> None:
+        """Nothing was taken."""
 
     def download(self, device: torch.Tensor, host: torch.Tensor) -> Ready:
         """Copies unless `device` is `host`'s memory."""
@@ -116,6 +139,40 @@ class _InFlight:
         self._num_bytes += num_bytes
 
 
+class _WeightSlots:
+    """Device memory for the weights of a few blocks, taken in turn: the one let go longest ago comes first.
+
+    While compute uses one, copies into the others go on. More blocks at once than there are slots for get one more, which
+    stays, so that a step like the one before allocates nothing.
+    """
+
+    def __init__(self, allocate: Callable[[int], torch.Tensor]) -> None:
+        self._allocate = allocate
+        self._free: deque[tuple[torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._taken: dict[int, torch.Tensor] = {}
+
+    def reserve(self, num_bytes: Sequence[int]) -> None:
+        """Slots of these sizes in place of all others, none of which may be taken."""
+        assert not self._taken
+        self._free.clear()
+        self._free.extend((self._allocate(size), None) for size in num_bytes)
+
+    def take(self, num_bytes: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+        """Memory of `num_bytes`, and what must have passed before it is written to."""
+        found = next((slot for slot in self._free if slot[0].nbytes >= num_bytes), None)
+        if found is None:
+            found = (self._allocate(num_bytes), None)
+        else:
+            self._free.remove(found)
+        memory, released = found
+        self._taken[memory.data_ptr()] = memory
+        return memory[:num_bytes], released
+
+    def give_back(self, address: int, released: torch.cuda.Event) -> None:
+        """The memory at `address` may be taken; who writes to it waits for `released`."""
+        self._free.append((self._taken.pop(address), released))
+
+
 class CudaDevice:
     """Compute on a CUDA device; one stream for each direction of copies."""
 
@@ -129,6 +186,9 @@ class CudaDevice:
         self._d2h = torch.cuda.Stream(self.torch_device)
         self._uploads, self._downloads = _InFlight(self.LEAST_IN_FLIGHT_BYTES), _InFlight(self.LEAST_IN_FLIGHT_BYTES)
         self._uploaded_bytes = 0
+        self._slots = _WeightSlots(
+            lambda num_bytes: torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
+        )
 
     def upload(self, host: torch.Tensor) -> tuple[torch.Tensor, Ready]:
         """Copy on the h2d stream; the compute stream waits for it, the host does not."""
@@ -143,12 +203,44 @@ class CudaDevice:
             device = torch.empty(host.shape, dtype=host.dtype, device=self.torch_device)
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record(self._h2d)
-            device.copy_(host, non_blocking=True)
+            self._copy(device, host)
             end.record(self._h2d)
         compute.wait_event(end)
         # The allocator may hand this memory to the h2d stream again only when compute has passed this use.
         device.record_stream(compute)
         return device, self._ready("h2d", begin, end, host.nbytes)
+
+    def reserve_weights(self, num_bytes: Sequence[int]) -> None:
+        """Waits for the device, if there were others before."""
+        self.synchronize()
+        self._slots.reserve(num_bytes)
+
+    def upload_weights(self, host: torch.Tensor) -> tuple[torch.Tensor, Ready]:
+        """Copy on the h2d stream, behind the last use of the slot; the compute stream waits for it, the host does not."""
+        memory, released = self._slots.take(host.nbytes)
+        device = memory.view(host.dtype)
+        if released is not None:
+            self._h2d.wait_event(released)
+        else:  # new memory: the allocator may have got it back from compute that is under way
+            self._h2d.wait_stream(torch.cuda.current_stream(self.torch_device))
+        with torch.cuda.stream(self._h2d):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record(self._h2d)
+            self._copy(device, host)
+            end.record(self._h2d)
+        torch.cuda.current_stream(self.torch_device).wait_event(end)
+        return device, self._ready("h2d", begin, end, host.nbytes)
+
+    def release_weights(self, device: torch.Tensor) -> None:
+        """The next copy into this slot waits for compute to have passed this point."""
+        released = torch.cuda.Event()
+        released.record(torch.cuda.current_stream(self.torch_device))
+        self._slots.give_back(device.data_ptr(), released)
+
+    @staticmethod
+    def _copy(to: torch.Tensor, of: torch.Tensor) -> None:
+        """On the current stream."""
+        to.copy_(of, non_blocking=True)
 
     def download(self, device: torch.Tensor, host: torch.Tensor) -> Ready:
         """Copy on the d2h stream once compute has written `device`."""
@@ -158,7 +250,7 @@ class CudaDevice:
         with torch.cuda.stream(self._d2h):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record(self._d2h)
-            host.copy_(device, non_blocking=True)
+            self._copy(host, device)
             end.record(self._d2h)
         device.record_stream(self._d2h)
         self._downloads.add(end, host.nbytes)

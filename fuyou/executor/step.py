@@ -991,7 +991,7 @@ class StepExecutor:
             wait()
 
         self.optimizer.gradient_complete(
-            open_.gradient, shard.array, wait=arrived, on_done=lambda: self._weights.release(shard)
+            open_.gradient, shard.array, wait=arrived, on_done=lambda: self._weights.end_use(shard)
         )
 
     def _scale(self, record: ForwardRecord, scale: float) -> None:
