@@ -9,9 +9,10 @@ into slots of device memory that are allocated once.
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -66,6 +67,14 @@ class Device(Protocol):
         """Block until all compute issued so far is done."""
         ...
 
+    def timing(self, name: str) -> contextlib.AbstractContextManager[bool]:
+        """Gives True if the device itself measures what is issued inside, for the trace's gpu lane."""
+        ...
+
+    def collect_spans(self) -> None:
+        """Record in the trace what the device has measured and ended."""
+        ...
+
     def peak_bytes(self) -> int:
         """Most device memory taken since the last call; 0 on the host."""
         ...
@@ -108,6 +117,13 @@ class HostDevice:
     def synchronize(self) -> None:
         """Nothing runs behind the caller's back."""
 
+    def timing(self, name: str) -> contextlib.AbstractContextManager[bool]:
+        """What is computed has been computed when it was issued: the caller measures."""
+        return contextlib.nullcontext(False)
+
+    def collect_spans(self) -> None:
+        """Nothing measures here."""
+
     def peak_bytes(self) -> int:
         """0."""
         return 0
@@ -137,6 +153,38 @@ class _InFlight:
         """`num_bytes` are free again once `event` has passed."""
         self._entries.append((event, num_bytes))
         self._num_bytes += num_bytes
+
+
+class _Timeline:
+    """Spans between events of the device, in the host's time. From any thread."""
+
+    def __init__(self, trace: Trace, now: torch.cuda.Event) -> None:
+        now.synchronize()
+        self._trace = trace
+        self._base, self._base_seconds = now, time.perf_counter()
+        self._open: list[tuple[str, str, torch.cuda.Event, torch.cuda.Event, int]] = []
+        self._lock = threading.Lock()
+
+    def add(self, lane: str, name: str, begin: torch.cuda.Event, end: torch.cuda.Event, num_bytes: int = 0) -> None:
+        """A span that ends when the device has passed `end`."""
+        with self._lock:
+            self._open.append((lane, name, begin, end, num_bytes))
+
+    def collect(self) -> None:
+        """Record the spans that have ended; waits for nothing."""
+        with self._lock:
+            spans, self._open, ended = self._open, [], []
+            for span in spans:
+                (ended if span[3].query() else self._open).append(span)
+            latest, latest_seconds = self._base, self._base_seconds
+            for lane, name, begin, end, num_bytes in ended:
+                end_seconds = self._base_seconds + self._base.elapsed_time(end) / 1e3
+                begin_seconds = end_seconds - begin.elapsed_time(end) / 1e3
+                self._trace.record(lane, name, begin_seconds, end_seconds, num_bytes)
+                if end_seconds > latest_seconds:
+                    latest, latest_seconds = end, end_seconds
+            # Events tell float32 milliseconds: from a base long ago they would be coarse.
+            self._base, self._base_seconds = latest, latest_seconds
 
 
 class _WeightSlots:
@@ -181,11 +229,13 @@ class CudaDevice:
 
     def __init__(self, device: str, trace: Trace) -> None:
         self.torch_device = torch.device(device if ":" in device else f"{device}:{torch.cuda.current_device()}")
-        self._trace = trace
         self._h2d = torch.cuda.Stream(self.torch_device)
         self._d2h = torch.cuda.Stream(self.torch_device)
         self._uploads, self._downloads = _InFlight(self.LEAST_IN_FLIGHT_BYTES), _InFlight(self.LEAST_IN_FLIGHT_BYTES)
         self._uploaded_bytes = 0
+        now = torch.cuda.Event(enable_timing=True)
+        now.record(torch.cuda.current_stream(self.torch_device))
+        self._timeline = _Timeline(trace, now)
         self._slots = _WeightSlots(
             lambda num_bytes: torch.empty(num_bytes, dtype=torch.uint8, device=self.torch_device)
         )
@@ -268,6 +318,20 @@ class CudaDevice:
         """Wait for the device."""
         torch.cuda.synchronize(self.torch_device)
 
+    @contextlib.contextmanager
+    def timing(self, name: str) -> Iterator[bool]:
+        """Between two events on the compute stream: what the host takes to issue work is not counted."""
+        compute = torch.cuda.current_stream(self.torch_device)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record(compute)
+        yield True
+        end.record(compute)
+        self._timeline.add("gpu", name, begin, end)
+
+    def collect_spans(self) -> None:
+        """Of compute and of copies; what is still under way is left for the next call."""
+        self._timeline.collect()
+
     def peak_bytes(self) -> int:
         """Peak of torch's allocator since the last call."""
         peak = int(torch.cuda.max_memory_reserved(self.torch_device))
@@ -275,17 +339,8 @@ class CudaDevice:
         return peak
 
     def _ready(self, lane: str, begin: torch.cuda.Event, end: torch.cuda.Event, num_bytes: int) -> Ready:
-        seen = False
-
-        def ready() -> None:
-            nonlocal seen
-            end.synchronize()
-            if not seen:
-                seen = True
-                ended = time.perf_counter()
-                self._trace.record(lane, lane, ended - begin.elapsed_time(end) / 1e3, ended, num_bytes)
-
-        return ready
+        self._timeline.add(lane, lane, begin, end, num_bytes)
+        return end.synchronize
 
 
 def make_device(device: str, trace: Trace) -> Device:

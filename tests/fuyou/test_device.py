@@ -27,6 +27,7 @@ class FakeCuda:
         self.streams: list[FakeStream] = []
         self.compute = FakeStream(self, "compute")
         self.current = self.compute
+        self.milliseconds = 0.0
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
         """Run queued work of randomly chosen streams, each in its order, until nothing is left."""
@@ -35,6 +36,7 @@ class FakeCuda:
             if not ready:
                 assert not any(stream.queue for stream in self.streams), "streams wait for each other"
                 return
+            self.milliseconds += 1.0
             self.choose.choice(ready).queue.popleft()[1]()
 
     @contextlib.contextmanager
@@ -65,19 +67,24 @@ class FakeStream:
 
 class FakeEvent:
     def __init__(self, cuda: FakeCuda) -> None:
-        self.cuda, self.passed = cuda, False
+        self.cuda, self.passed, self.at_milliseconds = cuda, False, 0.0
 
     def record(self, stream: FakeStream) -> None:
         stream.queue.append((None, self._pass))
 
     def _pass(self) -> None:
-        self.passed = True
+        self.passed, self.at_milliseconds = True, self.cuda.milliseconds
+
+    def query(self) -> bool:
+        return self.passed
 
     def synchronize(self) -> None:
         self.cuda.run(lambda: self.passed)
 
-    def elapsed_time(self, _other: FakeEvent) -> float:
-        return 0.0
+    def elapsed_time(self, other: FakeEvent) -> float:
+        assert self.passed
+        assert other.passed
+        return other.at_milliseconds - self.at_milliseconds
 
 
 class FakeDevice(CudaDevice):
@@ -90,7 +97,9 @@ class FakeDevice(CudaDevice):
         cls.cuda.current.queue.append((None, lambda: to.copy_(of)))
 
 
-def played(monkeypatch: pytest.MonkeyPatch, seed: int, forgotten: str | None = None) -> tuple[FakeDevice, FakeCuda]:
+def played(
+    monkeypatch: pytest.MonkeyPatch, seed: int, forgotten: str | None = None, trace: Trace | None = None
+) -> tuple[FakeDevice, FakeCuda]:
     cuda = FakeCuda(random.Random(seed), forgotten)
     made = iter(("h2d", "d2h"))
     monkeypatch.setattr(torch.cuda, "Stream", lambda _device: FakeStream(cuda, next(made)))
@@ -100,7 +109,7 @@ def played(monkeypatch: pytest.MonkeyPatch, seed: int, forgotten: str | None = N
     monkeypatch.setattr(torch.cuda, "synchronize", lambda _device: cuda.run())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda _tensor, _stream: None)
     monkeypatch.setattr(FakeDevice, "cuda", cuda, raising=False)
-    return FakeDevice("cpu:0", Trace()), cuda
+    return FakeDevice("cpu:0", trace or Trace()), cuda
 
 
 def wrong_blocks(device: FakeDevice, cuda: FakeCuda, num_passes: int = 3) -> int:
@@ -170,3 +179,27 @@ def test_more_blocks_at_once_get_one_more_slot_which_stays(monkeypatch: pytest.M
         for weights in taken:
             device.release_weights(weights)
         assert len(device._slots._free) == 2
+
+
+def test_lanes_are_measured_by_the_device_not_by_who_issues(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = Trace()
+    device, cuda = played(monkeypatch, 0, trace=trace)
+    device.reserve_weights([1024])
+    begun = cuda.milliseconds
+    for step in range(2):
+        with device.timing("layer 0 forward") as measured:
+            assert measured
+            cuda.compute.queue.extend([(None, lambda: None)] * 7)
+        weights, _ready = device.upload_weights(torch.zeros(256))
+        device.release_weights(weights)
+        device.collect_spans()  # nothing has run yet
+        assert trace.end_step(step, 0.0, 1.0).spans == ()
+        cuda.run()
+        device.collect_spans()
+        spans = {span.lane: span for span in trace.end_step(step, 0.0, 1.0).spans}
+        assert spans.keys() == {"gpu", "h2d"}
+        assert spans["h2d"].num_bytes == 1024
+        seconds = spans["gpu"].ended_seconds - spans["gpu"].started_seconds
+        assert 0.0075 < seconds < 1e-3 * (cuda.milliseconds - begun)
+        device.collect_spans()
+        assert trace.end_step(step, 0.0, 1.0).spans == ()
