@@ -173,9 +173,9 @@ class _Timeline:
     def collect(self) -> None:
         """Record the spans that have ended; waits for nothing."""
         with self._lock:
-            spans, self._open, ended = self._open, [], []
-            for span in spans:
-                (ended if span[3].query() else self._open).append(span)
+            flags = [span[3].query() for span in self._open]
+            ended = [span for span, passed in zip(self._open, flags, strict=True) if passed]
+            self._open = [span for span, passed in zip(self._open, flags, strict=True) if not passed]
             latest, latest_seconds = self._base, self._base_seconds
             for lane, name, begin, end, num_bytes in ended:
                 end_seconds = self._base_seconds + self._base.elapsed_time(end) / 1e3
