@@ -811,6 +811,7 @@ class Runtime:
         if result is None or result.step == self._metrics.get("step"):
             return
         now = time.perf_counter()
+        self._device.collect_spans()
         trace = self.trace.end_step(result.step, self._step_started, now)
         read, written = self._engine.bytes_read, self._engine.bytes_written
         self._metrics = {

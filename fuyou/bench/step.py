@@ -98,7 +98,10 @@ def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any)
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4, fused=True)
     losses: dict[str, list[float]] = {"step": [], "in_memory": []}
 
+    allocations = [0]
+
     def step_of(model: Any, stepper: Any, name: str | None) -> None:
+        before = _device_allocations(device)
         loss = model(**batch).loss
         loss.backward()
         if model is plain:
@@ -107,6 +110,8 @@ def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any)
         stepper.zero_grad()
         if device != "cpu":
             torch.cuda.synchronize()
+        if name == "step":
+            allocations.append(_device_allocations(device) - before)
         if name is not None:
             losses[name].append(float(loss.detach()))
 
@@ -151,6 +156,8 @@ def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any)
         "prediction_error": simulated / statistics.median(seconds["step"]) - 1,
         "limiting_lane": metrics["limiting_lane"],
         "peak_gpu_bytes": metrics["peak_gpu_bytes"],
+        # Of our steps behind the first, which grows torch's cache; what stands between them may shrink it.
+        "device_allocations": sum(allocations[2:]),
         "peak_host_bytes": metrics["peak_host_bytes"],
         "learns": all(values[-1] < values[0] for values in losses.values()),
         "torch": torch.__version__,
@@ -180,6 +187,13 @@ def _simulated(plan: Any, hardware: Any, num_tokens: int) -> float:
     from fuyou.planner import simulate_plan
 
     return simulate_plan(plan, hardware, num_tokens).seconds
+
+
+def _device_allocations(device: str) -> int:
+    """Calls that took memory from the device so far."""
+    import torch
+
+    return 0 if device == "cpu" else int(torch.cuda.memory_stats(device)["num_device_alloc"])
 
 
 class _NoWrites:

@@ -991,7 +991,7 @@ class StepExecutor:
             wait()
 
         self.optimizer.gradient_complete(
-            open_.gradient, shard.array, wait=arrived, on_done=lambda: self._weights.release(shard)
+            open_.gradient, shard.array, wait=arrived, on_done=lambda: self._weights.end_use(shard)
         )
 
     def _scale(self, record: ForwardRecord, scale: float) -> None:
@@ -1116,8 +1116,10 @@ class StepExecutor:
     @contextlib.contextmanager
     def _span(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
-        self._trace.record("gpu", name, started, time.perf_counter())
+        with self._device.timing(name) as measured:
+            yield
+        if not measured:
+            self._trace.record("gpu", name, started, time.perf_counter())
 
     @contextlib.contextmanager
     def _waiting(self, what: str) -> Iterator[None]:

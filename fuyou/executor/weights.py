@@ -20,6 +20,9 @@ from fuyou.quantising import QuantisedLayout
 from io_engine import BudgetError, Buffer, BufferPool, Engine, Store, Transfer
 from optim import OffloadedAdamW, ShardLayout, UpdateJob
 
+NUM_ON_DEVICE = 3
+"""Blocks whose weights have room on the device from the beginning."""
+
 
 class LoadedShard:
     """A shard's weights in host memory, shared by whoever holds a reference."""
@@ -31,9 +34,14 @@ class LoadedShard:
         self.transfer: Transfer | None = None
         self.job: UpdateJob | None = None
         self.num_references = 0
+        self.num_computing = 0
+        """Of the references, those that need the weights on the device."""
         self.prefetched = False
         """Read ahead, not yet asked for; this keeps it as a reference would."""
+        self.on_device: torch.Tensor | None = None
+        """What is stored, in the device's memory."""
         self.device_weights: torch.Tensor | None = None
+        """The same, dequantised if it must be."""
         self.uploaded: Ready = nothing_to_wait_for
 
     def wait(self) -> None:
@@ -50,8 +58,13 @@ class LoadedShard:
 
     def host_tensor(self) -> torch.Tensor:
         """The weights as a flat tensor of the compute dtype that shares the buffer's memory; a copy of quantised ones."""
+        stored = self.stored_tensor()
+        return self.layout.dequantise(stored) if isinstance(self.layout, QuantisedLayout) else stored
+
+    def stored_tensor(self) -> torch.Tensor:
+        """The buffer's memory as it is stored: bytes of quantised weights, else a flat tensor of the compute dtype."""
         if isinstance(self.layout, QuantisedLayout):
-            return self.layout.dequantise(torch.from_numpy(self.array))
+            return torch.from_numpy(self.array)
         if self.layout.compute_dtype == "bfloat16":
             return torch.from_numpy(self.array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(self.array.view(np.float32))
@@ -83,6 +96,9 @@ class WeightStream:
         self._visits: deque[str] = deque()
         self._lock = threading.RLock()
         self.optimizer: OffloadedAdamW | None = None
+        sizes = sorted((layout.weight_bytes for layout in layouts.values()), reverse=True)
+        # One is computed with while the next is on its way, and what borrows has two.
+        device.reserve_weights(sizes[:NUM_ON_DEVICE])
 
     def announce(self, visits: Iterable[str], *, again: bool = False) -> None:
         """The shards that will be acquired next, in order; replaces what was announced before.
@@ -109,7 +125,7 @@ class WeightStream:
         with self._lock:
             loaded = self._loaded.get(name)
             read_ahead = loaded is not None and loaded.prefetched
-        # Outside the lock: the update that is waited for gives its buffer back through `release`.
+        # Outside the lock: the update that is waited for gives its buffer back through `end_use`.
         if self.optimizer is not None and loaded is not None and name in self._resident:
             # Not for the drive: the write that may still be under way reads the same memory, as compute does.
             self.optimizer.wait_updated(name)
@@ -128,33 +144,44 @@ class WeightStream:
             self._prefetch()
         try:
             shard.wait()
+            if shard.device_weights is None:
+                stored, shard.uploaded = self._device.upload_weights(shard.stored_tensor())
+                shard.on_device = stored
+                layout = shard.layout
+                shard.device_weights = layout.dequantise(stored) if isinstance(layout, QuantisedLayout) else stored
         except BaseException:
             with self._lock:
                 shard.num_references -= 1
                 # Interrupted: the read may be under way, and the buffer must not go back before its end.
                 self._forget(shard)
             raise
-        if shard.device_weights is None:
-            if isinstance(shard.layout, QuantisedLayout):
-                codes, shard.uploaded = self._device.upload(torch.from_numpy(shard.array))
-                shard.device_weights = shard.layout.dequantise(codes)
-            else:
-                shard.device_weights, shard.uploaded = self._device.upload(shard.host_tensor())
+        shard.num_computing += 1
         return shard
 
     def release(self, shard: LoadedShard) -> None:
-        """Give one reference back; the last one frees the buffer. From any thread."""
+        """Give back what `acquire` gave; the last reference frees the buffer. From the thread that issues compute."""
+        self._let_device_go(shard)
+        self.end_use(shard)
+
+    def end_use(self, shard: LoadedShard) -> None:
+        """Give the reference of an update or a read back; the last one frees the buffer. From any thread."""
         with self._lock:
             shard.num_references -= 1
             self._free_if_unused(shard)
 
+    def _let_device_go(self, shard: LoadedShard) -> None:
+        shard.num_computing -= 1
+        if shard.num_computing == 0 and shard.on_device is not None:
+            self._device.release_weights(shard.on_device)
+            shard.on_device = shard.device_weights = None
+
     def hand_over(self, shard: LoadedShard) -> None:
         """The holder's reference goes to an update that writes into the weights: nobody else may get this buffer.
 
-        The update's end calls `release`.
+        The update's end calls `end_use`. From the thread that issues compute.
         """
+        self._let_device_go(shard)
         with self._lock:
-            shard.device_weights = None
             if shard.layout.name not in self._resident and self._loaded.get(shard.layout.name) is shard:
                 del self._loaded[shard.layout.name]
 
@@ -182,19 +209,14 @@ class WeightStream:
     def _free_if_unused(self, shard: LoadedShard) -> None:
         name = shard.layout.name
         current = self._loaded.get(name) is shard
-        if shard.num_references == 0 and isinstance(shard.layout, QuantisedLayout):
-            shard.uploaded()
-            shard.device_weights = None  # twice to four times as large as what may stay
         if shard.num_references > 0 or shard.prefetched or (current and name in self._resident):
             return
         if current and self._visits and self._visits[0] == name and shard.is_whole():
-            shard.uploaded()
-            shard.device_weights, shard.prefetched = None, True
+            shard.prefetched = True
             return
         if current:
             del self._loaded[name]
         shard.uploaded()
-        shard.device_weights = None
         shard.buffer.release()
 
     def _drop_prefetched(self, name: str | None = None) -> None:
@@ -209,7 +231,7 @@ class WeightStream:
     def _forget(self, shard: LoadedShard) -> None:
         """Nobody gets this shard any more; its buffer goes back when its users and its read are done.
 
-        The read is not waited for: I/O threads may be waiting for the lock, in a `release`.
+        The read is not waited for: I/O threads may be waiting for the lock, in `end_use`.
         """
         shard.prefetched = False
         if self._loaded.get(shard.layout.name) is shard:
@@ -218,7 +240,7 @@ class WeightStream:
             self._free_if_unused(shard)
         else:
             shard.num_references += 1
-            shard.transfer.add_done_callback(lambda _transfer: self.release(shard))
+            shard.transfer.add_done_callback(lambda _transfer: self.end_use(shard))
 
     def _prefetch(self) -> None:
         """Start reads for the next shards, in order, as far as buffers are free; never blocks."""
@@ -249,7 +271,7 @@ class WeightStream:
         self._loaded[name] = shard
         if optimizer is not None and optimizer.has_pending_update(name):
             shard.num_references += 1
-            shard.job = optimizer.start_pending_update(name, shard.array, [shard.transfer], lambda: self.release(shard))
+            shard.job = optimizer.start_pending_update(name, shard.array, [shard.transfer], lambda: self.end_use(shard))
         return shard
 
     def _acquire_buffer(self, layout: ShardLayout, block: bool) -> Buffer:
@@ -263,7 +285,7 @@ class WeightStream:
                     raise
                 # What was read ahead of its turn is read again rather than waited for.
                 self._drop_prefetched()
-            # Buffers come back through `release`, which needs the lock.
+            # Buffers come back through `end_use`, which needs the lock.
             self._lock.release()
             try:
                 self._pool.acquire(layout.weight_bytes, timeout_seconds=300.0).release()
@@ -274,7 +296,6 @@ class WeightStream:
         """Begin the pending update of weights that stayed in memory."""
         optimizer, name = self.optimizer, shard.layout.name
         if optimizer is not None and optimizer.has_pending_update(name):
-            shard.device_weights = None
             shard.num_references += 1
             transfers = [shard.transfer] if shard.transfer is not None else []
-            shard.job = optimizer.start_pending_update(name, shard.array, transfers, lambda: self.release(shard))
+            shard.job = optimizer.start_pending_update(name, shard.array, transfers, lambda: self.end_use(shard))

@@ -161,6 +161,45 @@ def test_device_memory_does_not_grow_with_the_layers(max_grad_norm: float | None
     assert many < 12 * one_block_bytes + 64 * MEBIBYTE
 
 
+@pytest.mark.parametrize("host_memory", ["16MiB", "256MiB"])
+def test_steady_steps_allocate_no_device_memory(host_memory: str, tmp_path: Path) -> None:
+    """Weights go into slots that are there, the rest into what torch's allocator has."""
+    config = tiny_model_config("llama")
+    offload = fuyou.OffloadConfig(
+        store=tmp_path, device="cuda", compute_dtype="bfloat16", micro_batch_size=2, host_memory=host_memory
+    )
+    model = fuyou.from_config(config, offload=offload)
+    optimizer = fuyou.AdamW(model, max_grad_norm=1e9)
+    batch = joined(tiny_batches(config, 1, NUM_MICRO_BATCHES)[0])
+    counts = []
+    with model.fuyou:
+        for _ in range(8):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            torch.cuda.synchronize()
+            counts.append(torch.cuda.memory_stats()["num_device_alloc"])
+    assert counts[-1] == counts[3]
+
+
+@pytest.mark.parametrize("chunk", [1, 16])
+def test_loss_in_chunks(chunk: int, tmp_path: Path) -> None:
+    """Runs backward passes inside the forward pass; within rounding of the loss in one."""
+    config = tiny_model_config("llama")
+    found = []
+    for tokens in (None, chunk):
+        offload = fuyou.OffloadConfig(
+            store=tmp_path / str(tokens), device="cuda", compute_dtype="float32", loss_chunk_tokens=tokens
+        )
+        model = fuyou.from_config(config, offload=offload, seed=7)
+        optimizer = fuyou.AdamW(model, max_grad_norm=1e9)
+        with model.fuyou:
+            model(**joined(tiny_batches(config, 1, 2)[0])).loss.backward()
+            optimizer.step()
+            found.append((model.fuyou.step_metrics()["loss"], optimizer.last_step.grad_norm))
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_an_error_on_the_device_thread_comes_through(tmp_path: Path) -> None:
     """Backward runs on autograd's thread there; what fails in it is raised in the caller's."""
     config = tiny_model_config("llama")

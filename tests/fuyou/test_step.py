@@ -7,7 +7,7 @@ import dataclasses
 import gc
 import io
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import fuyou
 import fuyou.runtime
 from fuyou.executor.device import Ready
 from fuyou.executor.step import micro_batch_seed
+from fuyou.executor.weights import NUM_ON_DEVICE
 from tests import reference
 from tests.reference import ReferenceTrainer
 from tests.tiny_models import Batch, tiny_batches, tiny_model_config
@@ -513,7 +514,8 @@ class LateDevice:
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
-        self.num_uploads = self.num_downloads = 0
+        self.num_uploads = self.num_downloads = self.most_weights = 0
+        self._weights: dict[int, torch.Tensor] = {}
         self._under_way: dict[int, tuple[bool, Callable[[], None]]] = {}
         # The optimizer's threads wait for copies, too.
         self._lock = threading.RLock()
@@ -523,6 +525,19 @@ class LateDevice:
         device = host.clone()
         text = "the host changed memory that was still being uploaded"
         return device, self._begin(True, host, device.clone(), text, lambda: None)
+
+    def reserve_weights(self, num_bytes: Sequence[int]) -> None:
+        assert not self._weights
+
+    def upload_weights(self, host: torch.Tensor) -> tuple[torch.Tensor, Ready]:
+        device, ready = self.upload(host)
+        self._weights[device.data_ptr()] = device
+        self.most_weights = max(self.most_weights, len(self._weights))
+        return device, ready
+
+    def release_weights(self, device: torch.Tensor) -> None:
+        """Whatever still looks at it sees another block's weights, or nothing of use."""
+        _bits(self._weights.pop(device.data_ptr())).fill_(0xFF)
 
     def download(self, device: torch.Tensor, host: torch.Tensor) -> Ready:
         self.num_downloads += 1
@@ -576,6 +591,12 @@ class LateDevice:
     def synchronize(self) -> None:
         pass
 
+    def timing(self, _name: str) -> contextlib.AbstractContextManager[bool]:
+        return contextlib.nullcontext(False)
+
+    def collect_spans(self) -> None:
+        pass
+
     def peak_bytes(self) -> int:
         return 1
 
@@ -606,6 +627,9 @@ def test_device_with_memory_of_its_own(
     device.check()
     assert device.num_uploads > 0
     assert device.num_downloads > 0
+    # Those that stay in host memory, too, are on the device for their turn alone.
+    assert 0 < device.most_weights <= NUM_ON_DEVICE
+    assert not device._weights
 
 
 @pytest.mark.parametrize(
