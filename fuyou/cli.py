@@ -400,6 +400,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--quiet", action="store_true", help="print errors only")
 
     inference_cli.add_generate(add("generate", inference_cli.generate, inference_cli.GENERATE))
+    inference_cli.add_evaluate(add("evaluate", inference_cli.evaluate, inference_cli.EVALUATE))
 
     for name, command, text in (
         ("inspect", _inspect, "what a store holds; changes nothing"),

@@ -15,6 +15,7 @@ from fuyou.errors import ConfigError
 if TYPE_CHECKING:
     from fuyou.generation import Answer
 
+EVALUATE = "perplexity and completion loss of a store's or a checkpoint's model"
 GENERATE = "answers to prompts, from a store or a checkpoint folder"
 
 
@@ -149,6 +150,64 @@ def generate(options: argparse.Namespace) -> int:
         content: dict[str, Any] = {"plan": plan.to_json(), "measured": measured}
         content |= {"output": str(out)} if out is not None else {"answers": [a.to_json() for a in answers]}
         sys.stdout.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    return 0
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    """Options of `fuyou evaluate`."""
+    add_source(parser)
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="DATA",
+        help="a file of rows, a data set on the hub, or a recipe (.yaml), of which the rows held out are taken",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="a key of a recipe's data section, as max_length=512",
+    )
+    parser.add_argument(
+        "--batch-size", type=_positive, metavar="N", help="rows through a block at once (as memory allows)"
+    )
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Run `fuyou evaluate`; everything that can be wrong with what was asked for is said before weights are read."""
+    import datasets
+
+    from fuyou.evaluation import data_section, evaluate_rows, plan_evaluation, rows_to_evaluate
+    from fuyou.generation import default_offload
+    from fuyou.inference import find_source, find_tokenizer, opened
+
+    datasets.disable_progress_bars()
+    section, seed = data_section(options.data, options.set)
+    source = find_source([options.model, *options.also], compute_dtype=options.dtype, adapter=options.adapter)
+    tokenizer = find_tokenizer(source, options.tokenizer or section.tokenizer)
+    progress = _Progress(None if options.quiet else sys.stderr, 0, 0)
+    rows = rows_to_evaluate(section, seed, source, tokenizer, progress.say)
+    plan = plan_evaluation(
+        rows,
+        source,
+        default_offload(source, device=options.device, gpu_memory=options.gpu_memory, host_memory=options.host_memory),
+        micro_batch_size=options.batch_size,
+    )
+    with opened(
+        source,
+        device=options.device,
+        gpu_memory=options.gpu_memory,
+        host_memory=plan.weights_host_bytes,
+        temporary=options.temporary,
+    ) as model:
+        found = evaluate_rows(
+            model, rows, tokenizer.pad_id, plan, lambda done: progress.say(f"{done} of {len(rows)} rows")
+        )
+    if options.json:
+        sys.stdout.write(json.dumps(found.to_json(), indent=2) + "\n")
+    else:
+        sys.stdout.write(found.describe() + "\n")
     return 0
 
 

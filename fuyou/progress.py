@@ -6,7 +6,7 @@ import dataclasses
 import re
 import textwrap
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -102,6 +102,10 @@ class Reporter(Protocol):
         """Held-out rows were evaluated."""
         ...
 
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Prompts were answered; each sample has `prompt` and `completion`."""
+        ...
+
     def end(self, summary: RunSummary) -> None:
         """Training ended as it should."""
         ...
@@ -126,6 +130,9 @@ class QuietReporter:
     def evaluation(self, step: int, loss: float) -> None:
         """See `Reporter`."""
 
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """See `Reporter`."""
+
     def end(self, summary: RunSummary) -> None:
         """See `Reporter`."""
 
@@ -134,7 +141,7 @@ class QuietReporter:
 
 
 class JsonReporter(QuietReporter):
-    """One JSON object a line: {"event": "note" | "start" | "step" | "evaluation" | "end", ...}."""
+    """One JSON object a line: {"event": "note" | "start" | "step" | "evaluation" | "samples" | "end", ...}."""
 
     def __init__(self, file: TextIO) -> None:
         self._file = file
@@ -158,6 +165,10 @@ class JsonReporter(QuietReporter):
     def evaluation(self, step: int, loss: float) -> None:
         """See `Reporter`."""
         self._write("evaluation", {"step": step, "loss": loss})
+
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """See `Reporter`."""
+        self._write("samples", {"step": step, "samples": samples})
 
     def end(self, summary: RunSummary) -> None:
         """See `Reporter`."""
@@ -194,6 +205,10 @@ class LineReporter(QuietReporter):
     def evaluation(self, step: int, loss: float) -> None:
         """See `Reporter`."""
         self._write(f"step {step}: held-out loss {loss:.4f}")
+
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """See `Reporter`."""
+        self._write("\n".join(sample_lines(step, samples)))
 
     def end(self, summary: RunSummary) -> None:
         """See `Reporter`."""
@@ -235,6 +250,11 @@ class TerminalReporter(QuietReporter):
     def evaluation(self, step: int, loss: float) -> None:
         """See `Reporter`."""
         self.note(f"step {step}: held-out loss {loss:.4f}")
+
+    def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """See `Reporter`."""
+        for line in sample_lines(step, samples):
+            self.note(line)
 
     def end(self, summary: RunSummary) -> None:
         """See `Reporter`."""
@@ -401,3 +421,10 @@ class RunStatistics:
             metrics_file=str(metrics_file),
             store=store,
         )
+
+
+def sample_lines(step: int, samples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Prompts and answers, one line each."""
+    for sample in samples:
+        yield f"step {step}: {' '.join(str(sample['prompt']).split())}"
+        yield f"  -> {' '.join(str(sample['completion']).split())}"

@@ -245,6 +245,11 @@ class TrainingSection(_Section):
     """Remove the oldest of these checkpoints beyond this number. Left out: keep all."""
     eval_on_start: bool = False
     """Evaluate before the first step, too."""
+    sample_prompts: list[Text] = []
+    """Answered wherever the model is evaluated (every eval_steps steps and at the end), always with the likeliest tokens:
+    printed, and kept in metrics.jsonl as `samples`. Changes nothing in training."""
+    sample_max_new_tokens: Positive = 48
+    """Of each answer."""
     seed: NotNegative = 0
     """Of dropout, of random weights and, unless data.shuffle_seed is given, of the order of rows."""
 
@@ -292,9 +297,9 @@ class Recipe(_Section):
             )
         if self.lora is not None and self.trainable is not None:
             raise ValueError("give either trainable or lora; lora.modules_to_save trains whole modules beside adapters")
-        if self.training.eval_steps is not None and not self.has_evaluation:
+        if self.training.eval_steps is not None and not self.has_evaluation and not self.training.sample_prompts:
             raise ValueError(
-                "training.eval_steps is given but nothing is held out: add data.eval_fraction, "
+                "training.eval_steps is given but nothing is held out or sampled: add data.eval_fraction, "
                 "data.eval_file or "
                 "data.eval_split"
             )

@@ -234,6 +234,25 @@ class Runtime:
             self._check_tokens(arguments)
             return self._executor.list_ops(self._rows(arguments)[0] | {"use_cache": False})
 
+    def infer_each(self, calls: Sequence[Mapping[str, Any]], take: Callable[[int, Any], Any]) -> list[Any]:
+        """Run model.forward without gradients for each of the calls' arguments, each weight read once for all of them.
+
+        Returns what `take` makes of each call's number and output; one output is in memory at a time, if `take` keeps
+        nothing of it. Of the weights as they are after the last step. The model must be in evaluation mode, where no
+        random numbers are drawn. Blocks.
+        """
+        self._check_usable()
+        self._see_added_parameters()
+        if self._model.training:
+            raise ModelError(
+                "infer_each in training mode would give every call the same dropout: call model.eval() first"
+            )
+        arguments = [self._on_device(call) for call in calls]
+        for call in arguments:
+            self._check_tokens(call)
+        with self._weights_of_last_step():
+            return self._executor.infer(arguments, take)
+
     def adopt_forward(self) -> None:
         """Compute with the `forward` that somebody has put on the model since, as trl's SFTTrainer does; in outputs mode.
 

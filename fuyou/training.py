@@ -20,6 +20,7 @@ from fuyou.checkpointing import prune_checkpoints, step_name
 from fuyou.config import format_bytes
 from fuyou.data import BatchOrder, DataSet, TokenRows, collate, load_data, num_label_tokens
 from fuyou.errors import ConfigError, DataError
+from fuyou.generation import Prompt, Sampling, answer_all, choose_chat
 from fuyou.inference import keep_tokenizer
 from fuyou.lora import add_adapters
 from fuyou.metrics import MetricsFile
@@ -175,6 +176,7 @@ class _Run:
         self._recipe, self._model, self._tokenizer, self._data = recipe, model, tokenizer, data
         self._reporter = reporter
         self._output = Path(recipe.output.dir).expanduser()
+        self._samples = self._prompts()
         self._statistics = RunStatistics()
         self._packs = self._pack() if recipe.data.packing else None
         num_rows = len(data.train) if self._packs is None else len(self._packs)
@@ -313,8 +315,10 @@ class _Run:
     def _train(self, target: _Target, metrics_file: MetricsFile) -> None:
         training = self._recipe.training
         scheduler = make_scheduler(self._recipe, self._optimizer, target.max_steps, target.first_step)
-        if training.eval_on_start and target.first_step == 0 and target.stop_step and self._data.evaluation is not None:
-            self._eval_before = self._evaluate(0)
+        if training.eval_on_start and target.first_step == 0 and target.stop_step:
+            if self._data.evaluation is not None:
+                self._eval_before = self._evaluate(0)
+            self._sample(0)
         if self._packs is not None and target.first_step < target.stop_step:
             check_texts_apart(self._model, self._data.train, self._packs, self._data.pad_id)
         self._model.train()
@@ -327,7 +331,10 @@ class _Run:
             metrics = self._model.fuyou.step_metrics()
             self._statistics.add(metrics)
             if self._is_evaluated(step + 1, target):
-                metrics["eval_loss"] = self._eval_after = self._evaluate(step + 1)
+                if self._data.evaluation is not None:
+                    metrics["eval_loss"] = self._eval_after = self._evaluate(step + 1)
+                if self._samples:
+                    metrics["samples"] = self._sample(step + 1)
                 self._model.train()
             metrics_file.write(metrics)
             self._keep_checkpoint(step + 1)
@@ -335,10 +342,44 @@ class _Run:
             self._reporter.step(StepReport(step + 1, target.max_steps, metrics, remaining))
 
     def _is_evaluated(self, step: int, target: _Target) -> bool:
-        if self._data.evaluation is None:
+        if self._data.evaluation is None and not self._samples:
             return False
         every = self._recipe.training.eval_steps
         return step == target.max_steps or (every is not None and step % every == 0)
+
+    def _prompts(self) -> list[tuple[Prompt, list[int]]]:
+        """What is sampled, with its tokens; ConfigError for what is longer than the model's positions."""
+        training, prompts = (
+            self._recipe.training,
+            [Prompt({"prompt": text}) for text in self._recipe.training.sample_prompts],
+        )
+        chat = choose_chat(self._recipe.data.chat_template, prompts, self._tokenizer)
+        found = [(prompt, prompt.tokenise(self._tokenizer, chat=chat)) for prompt in prompts]
+        most = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        longest = max((len(ids) for _, ids in found), default=0) + training.sample_max_new_tokens
+        if found and most is not None and longest > most:
+            raise ConfigError(
+                f"training.sample_max_new_tokens={training.sample_max_new_tokens}: with the longest of sample_prompts that makes "
+                f"{longest} tokens, and this model has positions for {most}: lower it"
+            )
+        return found
+
+    def _sample(self, step: int) -> list[dict[str, str]]:
+        """Answer the recipe's prompts, all at once; leaves the model in evaluation mode and draws no random number."""
+        if not self._samples:
+            return []
+        self._model.eval()
+        answers = answer_all(
+            self._model,
+            self._tokenizer,
+            [prompt for prompt, _ in self._samples],
+            [ids for _, ids in self._samples],
+            Sampling(self._recipe.training.sample_max_new_tokens),
+            batch_size=len(self._samples),
+        )
+        samples = [{"prompt": str(answer.prompt.row["prompt"]), "completion": answer.completion} for answer in answers]
+        self._reporter.samples(step, samples)
+        return samples
 
     def _evaluate(self, step: int) -> float:
         assert self._data.evaluation is not None

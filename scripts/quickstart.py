@@ -65,8 +65,8 @@ def main() -> int:
     _headline("before: the model as it comes, in plain transformers")
     before = _plain_model(work / "base", compute_dtype)
     loss_before = _held_out_loss(before, tokenizer, held_out_pairs)
-    answer_before = _answer(before, tokenizer)
     del before
+    answer_before = _answer(work / "base", compute_dtype)
     print(f"held-out loss {loss_before:.3f}")
 
     _headline(f"training: all weights, {options.steps} steps; weights and Adam's states in {work / 'store'}")
@@ -75,7 +75,7 @@ def main() -> int:
     _headline("after: the export, in plain transformers")
     after = _plain_model(work / "output" / "model", compute_dtype)
     loss_after = _held_out_loss(after, tokenizer, held_out_pairs)
-    answer_after = _answer(after, tokenizer)
+    answer_after = _answer(work / "store", compute_dtype)
     difference = _logits_difference(after, work, compute_dtype, tokenizer, held_out_pairs)
     print(f"Q: {SAMPLED_QUESTION}\nbefore: {answer_before}\nafter:  {answer_after}")
     print(f"held-out loss before {loss_before:.3f} after {loss_after:.3f}")
@@ -203,13 +203,17 @@ def _held_out_loss(model: Any, tokenizer: Any, pairs: list[Pair]) -> float:
     return total / num_tokens
 
 
-@torch.no_grad()
-def _answer(model: Any, tokenizer: Any) -> str:
-    """The model's most likely answer to SAMPLED_QUESTION, on one line."""
-    question = [{"role": "user", "content": SAMPLED_QUESTION}]
-    inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    output = model.generate(**_on(inputs, model), max_new_tokens=48, do_sample=False)
-    return " ".join(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).split())
+def _answer(place: Path, compute_dtype: str) -> str:
+    """The most likely answer to SAMPLED_QUESTION of a checkpoint's or a store's model, read from the drive; on one line."""
+    from fuyou.generation import Prompt, Sampling, answer_all
+    from fuyou.inference import find_source, find_tokenizer, opened
+
+    source = find_source(str(place), compute_dtype=compute_dtype)
+    tokenizer, prompt = find_tokenizer(source, None), Prompt({"prompt": SAMPLED_QUESTION})
+    with opened(source, host_memory="1GiB") as model:
+        ids = [prompt.tokenise(tokenizer, chat=True)]
+        (answer,) = answer_all(model, tokenizer, [prompt], ids, Sampling(max_new_tokens=48), batch_size=1)
+    return " ".join(answer.completion.split())
 
 
 @torch.no_grad()

@@ -63,7 +63,9 @@ def test_tokens_equal_plain_transformers(name: str, tmp_path: Path) -> None:
         for side in ("left", "right"):
             for options in (GREEDY, SAMPLED, {"num_beams": 3, **GREEDY}):
                 expected = tokens(plain, prompts(side), **options)
-                assert torch.equal(tokens(model, prompts(side), **options), expected)
+                for rows_at_once in (None, 2):  # prompts in vertical micro-batches, too
+                    model.fuyou.prefill_micro_batch_size = rows_at_once
+                    assert torch.equal(tokens(model, prompts(side), **options), expected)
                 # The generators are left as plain transformers leaves them.
                 drawn = torch.rand(1)
                 tokens(plain, prompts(side), **options)

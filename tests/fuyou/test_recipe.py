@@ -157,7 +157,7 @@ def test_wrong_types_name_path_value_and_what_is_expected(path: str, value: Any,
         ({"training.num_train_epochs": 1.0}, "give either max_steps or num_train_epochs"),
         ({"training.max_steps": None}, "give either max_steps or num_train_epochs"),
         ({"training.warmup_steps": 1, "training.warmup_ratio": 0.1}, "not both"),
-        ({"training.eval_steps": 1}, "nothing is held out"),
+        ({"training.eval_steps": 1}, "nothing is held out or sampled"),
     ],
 )
 def test_combinations_that_contradict(changes: dict[str, Any], part: str) -> None:
