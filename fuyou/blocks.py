@@ -43,6 +43,8 @@ class ModelBlocks:
     """Module path of the list of decoder layers."""
     blocks: tuple[Block, ...]
     reason: str
+    num_experts_per_token: int | None = None
+    """Of a mixture of experts, as its config says."""
 
     @property
     def layers(self) -> tuple[Block, ...]:
@@ -68,7 +70,14 @@ def find_blocks(model: nn.Module, path: str | None = None) -> ModelBlocks:
         layers_path, reason = _find_layers(model)
         layers = model.get_submodule(layers_path)
         assert isinstance(layers, nn.ModuleList)
-    return ModelBlocks(layers_path, _assign(model, layers_path, list(layers)), reason)
+    config: Any = getattr(model, "config", None)
+    per_token = None if config is None else getattr(config.get_text_config(), "num_experts_per_tok", None)
+    return ModelBlocks(
+        layers_path,
+        _assign(model, layers_path, list(layers)),
+        reason,
+        per_token if isinstance(per_token, int) else None,
+    )
 
 
 def _find_layers(model: nn.Module) -> tuple[str, str]:

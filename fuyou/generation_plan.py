@@ -141,7 +141,7 @@ class _Model:
         # Twice: a product's outputs and what is made of them next.
         self.layer_bytes_per_token = 2 * max((shard.activation_bytes_per_token for shard in layers), default=0)
         self.weight_bytes = sum(shard.weight_bytes for shard in shards)
-        self.num_parameters = sum(shard.num_parameters for shard in shards)
+        self.num_multiplied = sum(shard.num_parameters - shard.num_idle_parameters for shard in shards)
 
     def cache_bytes(self, rows: int, context: int) -> int:
         # One more layer: a layer's cache grows by being copied.
@@ -277,7 +277,7 @@ def _seconds(
     }
     if hardware.link_bytes_per_second:
         step["h2d"] = (model.weight_bytes + moved_cache_bytes) / hardware.link_bytes_per_second
-    flops = 2.0 * model.num_parameters * rows * demand.prompt_tokens
+    flops = 2.0 * model.num_multiplied * rows * demand.prompt_tokens
     prefill = max(*(s for lane, s in step.items()), flops / hardware.compute_flops_per_second)
     lane = max(step, key=lambda name: step[name])
     return step[lane], prefill, lane

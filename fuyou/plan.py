@@ -49,6 +49,8 @@ class BlockPlan:
     """What activations="host" lets wait; 0: not known."""
     in_backward: bool = True
     """Whether the backward pass comes to it; it ends at the lowest block in which something is trained."""
+    num_idle_parameters: int = 0
+    """Of experts that one token does not meet: read and updated, but not computed with."""
 
     def __post_init__(self) -> None:
         if isinstance(self.activations, Mapping):

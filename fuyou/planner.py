@@ -47,7 +47,7 @@ class ShardSize:
     input_bytes_per_token: int = 0
     activation_bytes_per_token: int = 0
     in_backward: bool = True
-    """As in BlockPlan."""
+    num_idle_parameters: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +201,7 @@ def make_plan(
             gradient="free" if not s.trainable else "host" if writes_back else "spill" if clipping else "free",
             num_borrowers=sum(s.name in other.borrowed for other in shards),
             width=s.width,
+            num_idle_parameters=s.num_idle_parameters,
             input_bytes_per_token=s.input_bytes_per_token,
             activation_bytes_per_token=s.activation_bytes_per_token,
             in_backward=s.in_backward,

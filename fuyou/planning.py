@@ -94,9 +94,18 @@ def shard_sizes(
             input_bytes_per_token=widths[block.name][0] * layouts[block.name].weight_itemsize,
             activation_bytes_per_token=widths[block.name][1] * layouts[block.name].weight_itemsize,
             in_backward=block.name in reached,
+            num_idle_parameters=_num_idle_parameters(layouts[block.name], blocks.num_experts_per_token),
         )
         for block in _with_borrowers(blocks, layouts)
     ]
+
+
+def _num_idle_parameters(layout: ShardLayout, num_experts_per_token: int | None) -> int:
+    """Of experts that one token does not meet; transformers stacks the experts' matrices of a layer in one tensor."""
+    if num_experts_per_token is None:
+        return 0
+    experts = [p for p in layout.parameters if len(p.shape) == 3]
+    return sum(p.num_elements // p.shape[0] * max(0, p.shape[0] - num_experts_per_token) for p in experts)
 
 
 def _with_borrowers(blocks: ModelBlocks, layouts: Mapping[str, ShardLayout]) -> list[Block]:

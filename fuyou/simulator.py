@@ -126,13 +126,16 @@ def _play(tasks: Sequence[Task], speeds: Speeds) -> tuple[list[float], list[floa
 def multiplied_parameters(blocks: Sequence[BlockPlan], sequence_length: int) -> dict[str, int]:
     """Multiplications of one token's forward pass, by block: nothing is multiplied with the embedding, but a tied head is.
 
-    Attention counts half of sequence_length x width twice (scores and values, masked by half), 0 without a length.
+    Attention counts half of sequence_length x width twice (scores and values, masked by half), 0 without a length. Of
+    experts only those count that a token meets.
     """
     borrowed = sum(b.num_parameters * b.num_borrowers for b in blocks)
     return {
         b.name: 0
         if b.kind == "prologue"
-        else b.num_parameters + (borrowed if b.kind == "epilogue" else sequence_length * b.width)
+        else b.num_parameters
+        - b.num_idle_parameters
+        + (borrowed if b.kind == "epilogue" else sequence_length * b.width)
         for b in blocks
     }
 

@@ -14,6 +14,7 @@ from transformers import LlamaConfig
 import fuyou
 from fuyou.costs import num_update_workers, state_bytes_per_parameter, weight_bytes_per_parameter
 from fuyou.hardware import HardwareProfile
+from fuyou.opening import shards_of
 from fuyou.plan import Plan
 from fuyou.plan_search import pooled_bytes
 from fuyou.planner import (
@@ -25,6 +26,7 @@ from fuyou.planner import (
     predict,
     traffic,
 )
+from tests.tiny_models import tiny_model_config
 
 MIB = 2**20
 
@@ -250,6 +252,18 @@ def test_pools_hold_what_is_kept(clipping: bool) -> None:
         assert made.weight_pool_bytes - weights >= least.weights
         assert made.record_pool_bytes - states >= 2 * 20 * MIB
         assert made.activation_pool_bytes >= least.activations
+
+
+@pytest.mark.parametrize("name", ["mixtral", "llama"])
+def test_a_token_is_multiplied_with_the_experts_that_it_meets(name: str) -> None:
+    config = tiny_model_config(name)
+    layers = [s for s in shards_of(config) if s.kind == "layer"]
+    num_idle = 0
+    if name == "mixtral":  # of each expert an up, a gate and a down matrix
+        num_unmet = config.num_local_experts - config.num_experts_per_tok
+        assert num_unmet > 0
+        num_idle = num_unmet * 3 * config.hidden_size * config.intermediate_size
+    assert [s.num_idle_parameters for s in layers] == [num_idle] * len(layers)
 
 
 def test_frozen_blocks_take_no_gradients_and_states() -> None:
