@@ -812,7 +812,8 @@ class Runtime:
     # --- around a step -----------------------------------------------------------------------------------------------
 
     def _before_step(self, optimizer: Any, _args: Any, _kwargs: Any) -> None:
-        # What was read ahead for a backward pass that has not come would be older than this step.
+        # A forward pass without its backward pass, and what was read ahead for that, would be older than this step.
+        self._executor.discard()
         self._weights.announce(())
         if self._queued and self._queued_since == optimizer.num_steps_called:
             raise RuntimeError(

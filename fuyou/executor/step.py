@@ -455,7 +455,7 @@ class StepExecutor:
         if record is not self._record:
             raise ModelError(
                 "this loss was used already, or belongs to an earlier forward pass, whose activations are gone: call "
-                "loss.backward() once, before the next forward pass"
+                "loss.backward() once, before the next forward pass and before optimizer.step()"
             )
 
     def discard(self) -> None:

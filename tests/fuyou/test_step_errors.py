@@ -161,3 +161,19 @@ def test_late_updates_of_blocks_read_ahead_are_not_waited_for(
     monkeypatch.setattr(optimizer, "wait_written", wait_written)
     pair.model(**batch)
     assert not waited
+
+
+def test_a_loss_from_before_the_step_is_refused(make: Callable[..., Pair]) -> None:
+    """Its weights are gone; this step and the next are those of plain torch."""
+    pair = make(changes=NO_DROPOUT)
+    batch = pair.batch()
+    pair.model(**joined(batch)).loss.backward()
+    stale = pair.model(**joined(batch)).loss
+    pair.optimizer.step()
+    with pytest.raises(fuyou.ModelError, match=r"before optimizer\.step"):
+        stale.backward()
+    pair.optimizer.zero_grad()
+    pair.step(joined(batch))
+    for _ in range(2):
+        pair.reference.step(batch)
+    pair.assert_equal()
