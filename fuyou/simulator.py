@@ -220,6 +220,8 @@ class _StepBuilder:
         self._written_records: list[int] = []
         self._written: dict[str, int] = {}
         """By block, the write of its latest weights."""
+        self._updated: dict[str, int] = {}
+        """By block, the end of their arithmetic, which is all that weights kept in host memory wait for."""
         self._gradients: dict[str, int] = {}
         """By block with a late update, what brought its gradient to where it waits."""
         self._saved: dict[str, int] = {}
@@ -263,7 +265,8 @@ class _StepBuilder:
         # A buffer is free when the block before the last `depth` ones has been computed.
         ahead = self._computes[-1 - self._depth] if len(self._computes) > self._depth else None
         seconds = 0.0 if block.weights_in_host else block.weight_bytes / self._hardware.read_bytes_per_second
-        read = self._add("ssd_read", f"{block.name} weights", seconds, (ahead, self._written.get(block.name)))
+        latest = self._updated if block.weights_in_host else self._written
+        read = self._add("ssd_read", f"{block.name} weights", seconds, (ahead, latest.get(block.name)))
         if self._hardware.device == "cpu":
             return read
         return self._add("h2d", f"{block.name} weights", self._link_seconds(block.weight_bytes), (read,))
@@ -339,7 +342,7 @@ class _StepBuilder:
             adam = self._add("cpu", f"{block.name} Adam", adam_seconds, (read, *after))
             written = self._add("ssd_write", f"{block.name} states", write_seconds, (adam,))
             self._written_records.append(written)
-        self._written[block.name] = written
+        self._written[block.name], self._updated[block.name] = written, adam
         return adam
 
     def _ahead(self) -> int | None:
