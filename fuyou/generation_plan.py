@@ -14,7 +14,8 @@ from fuyou.config import format_bytes
 from fuyou.errors import ConfigError, PlanError
 from fuyou.hardware import HardwareProfile
 from fuyou.plan import Plan
-from fuyou.planner import LEAST_GAIN, MEBIBYTE, ShardSize, least_memory, make_plan
+from fuyou.plan_search import LEAST_GAIN
+from fuyou.planner import MEBIBYTE, ShardSize, least_memory, make_plan
 
 FLOAT32_BYTES = 4
 LOGIT_COPIES = 4
