@@ -99,7 +99,7 @@ def find_source(given: str | Sequence[str], *, compute_dtype: str | None = None,
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: neither a store nor a checkpoint (no config.json in it)")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: no usable config.json ({str(error).splitlines()[0]})") from error
     wanted = compute_dtype or ("float32" if "float32" in str(getattr(config, "dtype", None)) else "bfloat16")

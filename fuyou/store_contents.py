@@ -154,7 +154,10 @@ _SPECIAL_FLOAT = "__float__"
 """Key of what stands for a number that JSON lacks, as in transformers' own config files."""
 
 
-_OF_OURS = {TRACE_NAME: "the lanes of the last steps, for `fuyou trace`; may be deleted"}
+_OF_OURS = {
+    TRACE_NAME: "the lanes of the last steps, for `fuyou trace`; may be deleted",
+    "tokenizer": "the run's tokenizer, for `fuyou generate`",
+}
 """What the runtime puts beside a store's own files."""
 
 
