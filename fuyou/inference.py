@@ -7,7 +7,7 @@ import dataclasses
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,8 @@ class Source:
     blocks_path: str | None
     made_from: str | None
     """What a store was filled from: a folder or a hub name, perhaps gone by now."""
-    adapters: Mapping[str, Any] | None
-    """Configs of the adapters that a store's run trains, by name."""
     adapter: Path | None = None
-    """A folder of peft with adapters to be put on the model."""
+    """A folder of peft with adapters to be put on the model; a store's run has its own on it already."""
 
     @property
     def place(self) -> Path:
@@ -77,8 +75,7 @@ def find_source(given: str | Sequence[str], *, compute_dtype: str | None = None,
             raise ConfigError(
                 f"--dtype {compute_dtype}: {directories[0]} is a store of {description['compute_dtype']} weights: leave it out"
             )
-        adapters: Any = snapshot.state.get("adapters")
-        if adapters and adapter is not None:
+        if snapshot.state.get("adapters") and adapter is not None:
             raise ConfigError(f"--adapter {adapter}: the run in {directories[0]} has adapters of its own: leave it out")
         return Source(
             directories=directories,
@@ -88,7 +85,6 @@ def find_source(given: str | Sequence[str], *, compute_dtype: str | None = None,
             attn_implementation=description.get("attn_implementation"),
             blocks_path=description.get("blocks_path"),
             made_from=description.get("source"),
-            adapters=dict(adapters["configs"]) if adapters else None,
             adapter=adapter_folder,
         )
     if len(directories) > 1:
@@ -103,7 +99,7 @@ def find_source(given: str | Sequence[str], *, compute_dtype: str | None = None,
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{folder}: no usable config.json ({str(error).splitlines()[0]})") from error
     wanted = compute_dtype or ("float32" if "float32" in str(getattr(config, "dtype", None)) else "bfloat16")
-    return Source((), folder, config, wanted, None, None, None, None, adapter_folder)
+    return Source((), folder, config, wanted, None, None, None, adapter_folder)
 
 
 # ------------------------------------------------------------------------------------------------------ tokenizer
@@ -191,7 +187,10 @@ def opened(
             model = fuyou.from_pretrained(source.folder, offload=offload, trainable=())
         stack.enter_context(model.fuyou)
         _load_generation_config(model, source)
-        model = _with_adapters(model, source)
+        if source.adapter is not None:
+            import peft
+
+            model = peft.PeftModel.from_pretrained(model, str(source.adapter))
         model.eval()
         yield model
 
@@ -206,26 +205,3 @@ def _load_generation_config(model: Any, source: Source) -> None:
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
             return
-
-
-def _with_adapters(model: Any, source: Source) -> Any:
-    """The model with the adapters of a folder or of its store's run, whose values are read here."""
-    if source.adapter is None and not source.adapters:
-        return model
-    import peft
-
-    if source.adapter is not None:
-        return peft.PeftModel.from_pretrained(model, str(source.adapter))
-    import fuyou
-
-    assert source.adapters is not None
-    if len(source.adapters) != 1:
-        raise ModelError(
-            f"{source.place}: {len(source.adapters)} adapters in one run: export them with peft and use --adapter"
-        )
-    ((name, values),) = source.adapters.items()
-    kind = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(values["peft_type"])]
-    known = {field.name for field in dataclasses.fields(kind)}
-    adapted = peft.get_peft_model(model, kind(**{k: v for k, v in values.items() if k in known}), adapter_name=name)
-    fuyou.AdamW(adapted)  # which takes the adapters' values from the store
-    return adapted
