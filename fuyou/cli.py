@@ -226,6 +226,7 @@ def _checkpoint(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     import fuyou
+    from fuyou.inference import TOKENIZER_FOLDER
     from fuyou.tokenizing import save_tokenizer
 
     out = Path(options.out).expanduser()
@@ -263,7 +264,10 @@ def _export(options: argparse.Namespace) -> int:
             else:
                 model.save_pretrained(str(out))
             step = model.fuyou.committed_step
-    tokenizer = save_tokenizer(fuyou.inspect_store(_directories(options))["source"], out)
+    found = fuyou.inspect_store(_directories(options))
+    # The run's own before that of the model which it began with.
+    kept = str(Path(found["directories"][0]) / TOKENIZER_FOLDER)
+    tokenizer = save_tokenizer(kept, out) or save_tokenizer(found["source"], out)
     if options.json:
         _print_json({"out": str(out), "step": step, "what": what, "tokenizer": tokenizer})
         return EXIT_DONE

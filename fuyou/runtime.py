@@ -879,12 +879,8 @@ class Runtime:
 
     @contextlib.contextmanager
     def _block_on_host(self, name: str) -> Iterator[dict[str, torch.Tensor]]:
-        shard = self._weights.acquire(name)
-        try:
-            flat = shard.host_tensor()
-            yield {p.name: flat[p.start : p.stop].view(p.shape) for p in shard.layout.parameters}
-        finally:
-            self._weights.release(shard)
+        with self._weights.look(name) as flat:
+            yield {p.name: flat[p.start : p.stop].view(p.shape) for p in self.layouts[name].parameters}
 
     def _copy_block(self, block: Block) -> dict[str, torch.Tensor]:
         with self._block_on_host(block.name) as tensors:

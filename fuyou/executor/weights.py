@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -191,6 +191,20 @@ class WeightStream:
             self._drop_prefetched()
             for name in self._resident & self._loaded.keys():
                 self._forget(self._loaded[name])
+
+    @contextlib.contextmanager
+    def look(self, name: str) -> Iterator[torch.Tensor]:
+        """The shard's weights as a flat tensor in host memory, valid inside; what was not in memory before does not stay."""
+        with self._lock:
+            was_there = name in self._loaded
+        shard = self.acquire(name)
+        try:
+            yield shard.host_tensor()
+        finally:
+            self.release(shard)
+            with self._lock:
+                if not was_there and self._loaded.get(name) is shard and shard.num_references == 0:
+                    self._forget(shard)
 
     def close(self) -> None:
         """Let go of everything read ahead or kept in memory; blocks until reads under way have ended."""

@@ -313,6 +313,29 @@ def test_exports_have_the_tokenizer_of_the_start(tmp_path: Path, capsys: pytest.
     (tmp_path / "start").rename(tmp_path / "gone")
     assert main(["export", str(tmp_path / "store"), str(tmp_path / "without"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokenizer"] is None
+    kept = tmp_path / "store" / "tokenizer"  # as fuyou train leaves it
+    tokenizer.save_pretrained(kept)
+    assert main(["export", str(tmp_path / "store"), str(tmp_path / "again"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokenizer"] == str(kept)
+    assert AutoTokenizer.from_pretrained(tmp_path / "again").get_vocab() == tokenizer.get_vocab()
+
+
+def test_what_was_only_exported_does_not_stay_in_memory(tmp_path: Path) -> None:
+    """Though the plan keeps it there once it is computed with."""
+    offload = fuyou.OffloadConfig(store=tmp_path / "store", device="cpu", host_memory="256MiB")
+    model = fuyou.from_config(tiny_model_config("llama"), offload=offload, seed=0)
+    model.eval()
+    assert all(block.weights_in_host for block in model.fuyou.plan.blocks)
+    with model.fuyou, torch.no_grad():
+        (pool,) = (pool for pool in model.fuyou._pools if pool.name == "weights")
+        model.save_pretrained(str(tmp_path / "first"))
+        assert pool.used_bytes == 0
+        logits = model(input_ids=torch.arange(8)[None]).logits
+        used_bytes = pool.used_bytes
+        assert used_bytes > 0
+        model.save_pretrained(str(tmp_path / "second"))
+        assert pool.used_bytes == used_bytes
+        assert torch.equal(model(input_ids=torch.arange(8)[None]).logits, logits)
 
 
 def test_code_in_a_checkpoint_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
