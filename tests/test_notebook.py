@@ -138,6 +138,25 @@ NUM_TOKENS = 32
     assert "all data is as it was written" in str(notebook.cells[-1].outputs)
 
 
+@pytest.mark.timeout(240)
+def test_a_model_can_be_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LlamaConfig(num_hidden_layers=4, hidden_size=512, intermediate_size=1024, vocab_size=512).save_pretrained(tmp_path)
+    parameters = f"""
+MODEL = {str(tmp_path)!r}
+ROWS_PER_STEP, SEQUENCE_LENGTH = 4, 128
+BUDGETS, DRIVES = ["1GiB", "2GiB"], [1, 2]
+"""
+    notebook = read_notebook("plan_a_model", parameters)
+    execute(notebook, tmp_path, monkeypatch)
+    machine, plan, budgets, schedules = outputs_as_html(notebook)
+    assert "hardware of cuda" in machine
+    assert "in 6 blocks, bfloat16 on cuda" in plan
+    assert budgets.count("tokens/s, limited by") == 4
+    assert [name in schedules for name in ("zero-infinity", "paper", "fuyou")] == [True] * 3
+    assert "host_memory" in outputs_as_text(notebook)
+    assert not (tmp_path / "not-made").exists()
+
+
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
 def test_notebooks_are_committed_without_outputs(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
