@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 
@@ -21,15 +20,10 @@ class StreamedAdamW(OffloadedAdamW):
     num_steps_called = 0
     """Calls of step and zero_grad that have ended, after each of which no gradient waits."""
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """See `OffloadedAdamW.step`."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _take_step(self) -> None:
+        # Not `step`: torch runs the hooks of steps around every class's own.
         with self._uninterrupted("optimizer.step()"):
-            super().step()
-        return loss
+            super()._take_step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """See `OffloadedAdamW.zero_grad`."""

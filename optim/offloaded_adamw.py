@@ -206,6 +206,10 @@ class OffloadedAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._take_step()
+        return loss
+
+    def _take_step(self) -> None:
         self._check_open()
         self._finish_arrivals()
         self.raise_if_broken()
@@ -214,7 +218,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
         if not held:
             # Of backward passes that gave no gradient at all.
             self._given, self._refusal = set(), None
-            return loss
+            return
         grad_norm = self.grad_norm()
         skipped, scale, updates, redone = self._refusal, 1.0, {}, frozenset[str]()
         if skipped is None and not math.isfinite(grad_norm):
@@ -245,7 +249,6 @@ class OffloadedAdamW(torch.optim.Optimizer):
             self.last_step = StepResult(
                 self.step_count, grad_norm, scale < 1.0, skipped, window, len(redone), bytes_spilled
             )
-        return loss
 
     def refuse_step(self, reason: str) -> None:
         """Let the next `step()` change nothing, for this reason; `zero_grad` takes it back."""

@@ -33,9 +33,9 @@ def _has_kvikio() -> bool:
     return _has_cuda() and importlib.util.find_spec("kvikio") is not None
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _measurements_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What tests measure of this machine does not end up in the user's cache, and is measured once."""
+    """What a test measures of this machine ends up neither in the user's cache nor in the plans of other modules' tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield

@@ -50,7 +50,8 @@ def test_bench_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
     assert found["learns"]
     assert found["num_tokens"] == 8
     # Float32 compute: 28 B a parameter and step where nothing is kept; the budget keeps some.
-    assert 12 * found["num_parameters"] <= found["bytes_written"] <= 13 * found["num_parameters"] + 2**16
+    # Spilled gradients, where the plan finds that worth it, are 4 B more.
+    assert 12 * found["num_parameters"] <= found["bytes_written"] <= 17 * found["num_parameters"] + 2**16
     assert 0 <= found["bytes_read"] <= 16 * found["num_parameters"] + 2**16
     assert found["predicted_seconds"] > 0
     assert list(tmp_path.iterdir()) == []

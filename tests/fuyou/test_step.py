@@ -20,6 +20,7 @@ import fuyou.runtime
 from fuyou.executor.device import Ready
 from fuyou.executor.step import micro_batch_seed
 from fuyou.executor.weights import NUM_ON_DEVICE
+from optim import OffloadedAdamW
 from tests import reference
 from tests.reference import ReferenceTrainer
 from tests.tiny_models import Batch, tiny_batches, tiny_model_config
@@ -650,3 +651,14 @@ def test_activations_on_a_device_with_memory_of_its_own(
     device.check()
     pair.model.fuyou.flush()
     pair.assert_nothing_held()
+
+
+def test_hooks_of_a_step_run_once(make: Callable[..., Pair]) -> None:
+    """Also where the class that a streamed model's optimizer comes from has been used by itself, and has torch's hooks."""
+    torch.optim.Optimizer._patch_step_function(OffloadedAdamW.__new__(OffloadedAdamW))
+    pair = make()
+    calls: list[str] = []
+    pair.optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    pair.optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    pair.step(joined(pair.batch()))
+    assert calls == ["before", "after"]
