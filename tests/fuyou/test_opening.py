@@ -392,7 +392,7 @@ if sys.argv[3] == "raise":
 """
 
 
-@pytest.mark.parametrize(("clipping", "how"), [("none", "end"), ("1.0", "raise")])
+@pytest.mark.parametrize(("clipping", "how"), [pytest.param("none", "end", marks=pytest.mark.slow), ("1.0", "raise")])
 def test_a_program_that_never_closes_ends_and_resumes(clipping: str, how: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", EXIT, str(tmp_path / "store"), clipping, how],

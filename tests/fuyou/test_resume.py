@@ -119,8 +119,8 @@ t.train(Path(sys.argv[1]), 0.5, until=2, on_step=lambda *_: None)
     [
         ("publish", 0),  # the store exists, without an extent
         ("fill", 0),
-        ("fill", 2),
-        ("commit", 0),  # filled, not committed
+        pytest.param("fill", 2, marks=pytest.mark.slow),
+        pytest.param("commit", 0, marks=pytest.mark.slow),  # filled, not committed
         ("prewrite", 0),  # the states' file is there, half written
         ("publish", 2),  # the states' layout is written, the manifest does not name it
     ],

@@ -1324,7 +1324,9 @@ if sys.argv[3] == "raise":
 """
 
 
-@pytest.mark.parametrize(("window", "end"), [("backward", "end"), ("forward", "raise")])
+@pytest.mark.parametrize(
+    ("window", "end"), [pytest.param("backward", "end", marks=pytest.mark.slow), ("forward", "raise")]
+)
 def test_a_program_that_forgets_to_close_ends(window: str, end: str, tmp_path: Path) -> None:
     """At once and without noise; what it had committed is there."""
     done = subprocess.run(
