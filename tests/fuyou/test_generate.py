@@ -55,7 +55,10 @@ def tokens(model: Any, inputs: dict[str, torch.Tensor], seed: int = 4, **options
     return generated
 
 
-@pytest.mark.parametrize("name", TINY_MODEL_NAMES)
+# Every second here, the others in the slow tier.
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if i % 2 else n for i, n in enumerate(TINY_MODEL_NAMES)]
+)
 def test_tokens_equal_plain_transformers(name: str, tmp_path: Path) -> None:
     plain = saved(name, tmp_path / "plain")
     model = streamed(tmp_path / "plain", tmp_path / "store", name)

@@ -132,7 +132,7 @@ def test_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
         f"""
 model:
   config:
-    {{model_type: llama, hidden_size: 256, intermediate_size: 512, num_hidden_layers: 4, num_attention_heads: 4, vocab_size: 512}}
+    {{model_type: llama, hidden_size: 256, intermediate_size: 512, num_hidden_layers: 2, num_attention_heads: 4, vocab_size: 512}}
 data: {{file: {tmp_path / "data.jsonl"}, text_field: text, tokenizer: bytes, max_length: 64}}
 offload: {{store: {tmp_path / "store"}, host_memory: 128MiB}}
 training: {{max_steps: 100, per_device_train_batch_size: 4}}

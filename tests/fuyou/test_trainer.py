@@ -275,7 +275,7 @@ def _train(folder: Path, stop: int | None, resume: bool | str | None = None, **c
         model.fuyou.abandon()
 
 
-@pytest.mark.parametrize("save_steps", [100, 2])
+@pytest.mark.parametrize("save_steps", [pytest.param(100, marks=pytest.mark.slow), 2])
 def test_resumes_at_the_last_commit(tmp_path: Path, save_steps: int) -> None:
     """Killed between two of Trainer's saves: losses, rates and weights of the rest are those of a run that was not."""
     saves = {"save_strategy": "steps", "save_steps": save_steps}
