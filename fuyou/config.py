@@ -59,6 +59,9 @@ class OffloadConfig:
 
     store: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     """Directory of the store, or one per drive. Made if missing."""
+    base: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None
+    """Directory (or one per drive) of a base: a store of frozen weights that several runs read, at the same time too, and
+    none writes. Filled if missing. This run's own store then holds its adapters alone. None: the store holds all weights."""
     device: str | None = None
     """Where blocks are computed: "cuda", "cuda:0", "cpu". None: cuda if there is one."""
     gpu_memory: str | int | None = None
@@ -95,11 +98,13 @@ class OffloadConfig:
     """Module path of the list of decoder layers, where it is not found by itself ("model.layers")."""
 
     def __post_init__(self) -> None:
-        for directory in self._store_list():
-            if not isinstance(directory, str | os.PathLike) or not str(directory):
-                raise ConfigError(f"store={self.store!r}: expected a directory, or a list of directories")
-        if not self._store_list():
-            raise ConfigError("store=[]: name at least one directory")
+        for field in ("store", "base"):
+            if not self._listed(field) and (field == "store" or self.base is not None):
+                raise ConfigError(f"{field}=[]: name at least one directory")
+        if set(self.store_directories) & set(self.base_directories):
+            raise ConfigError(
+                f"base={self.base!r}: a run's own store and its base are two stores, name two directories"
+            )
         for field in ("gpu_memory", "host_memory"):
             if getattr(self, field) is not None:
                 parse_bytes(getattr(self, field), field)
@@ -124,14 +129,21 @@ class OffloadConfig:
         if self.device is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", str(self.device)):
             raise ConfigError(f'device={self.device!r}: choose "cpu", "cuda" or "cuda:N"')
 
-    def _store_list(self) -> list[Any]:
-        if isinstance(self.store, str | os.PathLike):
-            return [self.store]
-        if not isinstance(self.store, Sequence):
-            raise ConfigError(f"store={self.store!r}: expected a directory, or a list of directories")
-        return list(self.store)
+    def _listed(self, field: str) -> list[Any]:
+        value = getattr(self, field)
+        if value is None and field == "base":
+            return []
+        listed = [value] if isinstance(value, str | os.PathLike) else value
+        if not isinstance(listed, Sequence) or not all(isinstance(d, str | os.PathLike) and str(d) for d in listed):
+            raise ConfigError(f"{field}={value!r}: expected a directory, or a list of directories")
+        return list(listed)
 
     @property
     def store_directories(self) -> tuple[Path, ...]:
         """The store's directories, absolute."""
-        return tuple(Path(directory).expanduser().absolute() for directory in self._store_list())
+        return tuple(Path(directory).expanduser().absolute() for directory in self._listed("store"))
+
+    @property
+    def base_directories(self) -> tuple[Path, ...]:
+        """The base's, likewise; empty for none."""
+        return tuple(Path(directory).expanduser().absolute() for directory in self._listed("base"))

@@ -85,7 +85,7 @@ def _parameters_of(store: Directories) -> Iterator[tuple[Any, _Reader, int]]:
         directory = Path(opened.directories[0])
         if not opened.state.get("filled"):
             raise ModelError(f"the store in {directory} was never filled: there is nothing to export")
-        if opened.state.get("adapters") is not None:
+        if opened.state.get("adapters") is not None or opened.state.get("base") is not None:
             raise ModelError(
                 f"the run in {directory} trains adapters beside a frozen base: export them in peft's format, or the merged "
                 "model (fuyou export STORE OUT, with or without --merge)"

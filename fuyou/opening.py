@@ -12,6 +12,14 @@ import torch
 from torch import nn
 
 from fuyou.adapters import adapter_layouts, host_bytes
+from fuyou.base_store import (
+    SHARED,
+    base_of_run,
+    base_record,
+    check_base,
+    check_unchanged,
+    recorded_base,
+)
 from fuyou.blocks import ModelBlocks, find_blocks, meta_model, shape_model
 from fuyou.building import (
     BlockWriter,
@@ -144,7 +152,7 @@ def open_store_model(
     directories = OffloadConfig(store=store).store_directories
     snapshot = Store.peek(directories)
     description = snapshot.description
-    if not snapshot.state.get("filled"):
+    if not _is_filled(snapshot):
         raise StoreError(f"{directories[0]} holds a store that was never filled, and no run: nothing can be opened")
     config = stored_config(description, snapshot.identity, directories[0])
     offload = OffloadConfig(
@@ -350,28 +358,43 @@ def _open(
     device = choose_device(offload)
     dtype = DTYPES[offload.compute_dtype]
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
+    directories = offload.store_directories
+    found = Store.peek(directories) if Store.exists(directories) else None
+    _check_resume(offload, found, directories[0])
+    base_directories = base_of_run(offload, found, directories[0])
+    if base_directories is not None:
+        if trainable:
+            raise ConfigError(
+                f"base={base_directories[0]}: nothing of a base is trained, and trainable={list(trainable)!r} asks for it: leave "
+                "one of them out"
+            )
+        trainable = ()
     with model_of(config, dtype, **kwargs) as model:
         blocks = find_blocks(model, offload.blocks)
-    layouts = shard_layouts(blocks, model, offload.compute_dtype, offload.moment_dtype)
+    # A base has no states, and should fit all runs whatever theirs are.
+    moment_dtype = "float32" if base_directories is not None else offload.moment_dtype
+    layouts = shard_layouts(blocks, model, offload.compute_dtype, moment_dtype)
     replace_by_placeholders(model, dtype, torch.device(device))
     freeze(model, trainable)
     model.train()
     if offload.loss_chunk_tokens is not None:
         check_chunkable(model)
-    directories = offload.store_directories
-    exists = Store.exists(directories)
-    found = Store.peek(directories) if exists else None
     identity = {
         "fingerprint": fingerprint(config, type(model).__name__),
         "compute_dtype": offload.compute_dtype,
-        "moment_dtype": offload.moment_dtype,
+        "moment_dtype": moment_dtype,
         "frozen_dtype": offload.frozen_dtype,
     }
-    _check_resume(offload, found, directories[0])
     if found is not None:
         _check_identity(found, identity, type(model).__name__, directories[0])
+    holder = found  # of the weights
+    if base_directories is not None:
+        holder = Store.peek(base_directories) if Store.exists(base_directories) else None
+        if _is_filled(holder):
+            assert holder is not None
+            check_base(holder, identity, layouts.values(), type(model).__name__)
     if offload.frozen_dtype != "bfloat16":
-        layouts |= _quantised(layouts, model, blocks, offload.frozen_dtype, found)
+        layouts |= _quantised(layouts, model, blocks, offload.frozen_dtype, holder)
     # Refused before anything is made on the drive; clipping is not known yet, and needs no more memory.
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     plan = plan_for(
@@ -384,70 +407,80 @@ def _open(
         ),
         offload,
     )
-    if not exists:
+    if holder is None:
         check()  # a checkpoint that cannot be read makes no store
-        for directory in directories:  # what is measured must be there
-            make_directory(str(directory))
-    choice = choose_engine(offload.io, directories, num_threads=plan.num_io_threads)
+    everywhere = (*directories, *(base_directories or ()))
+    for directory in everywhere:  # what is measured must be there
+        make_directory(str(directory))
+    choice = choose_engine(offload.io, everywhere, num_threads=plan.num_io_threads)
     engine = choice.engine
+    description = {
+        "model": type(model).__name__,
+        "source": source,
+        "compute_dtype": offload.compute_dtype,
+        "moment_dtype": moment_dtype,
+        "frozen_dtype": offload.frozen_dtype,
+        "blocks_path": blocks.path,
+        "attn_implementation": attn_implementation,
+        "config": config.to_dict() | {"model_type": config.model_type},
+        "shards": [layout.to_json() for layout in layouts.values()],
+    }
+
+    def fill_store(store: Store, numerics: Mapping[str, Any], **state: Any) -> None:
+        _allocate(store, layouts, description)
+        _fill(store, engine, model, blocks, layouts, fill, {"numerics": numerics, **state})
+
     store: Store | None = None
+    base: Store | None = None
     runtime: Runtime | None = None
     try:
-        store = (
-            Store.open(directories, engine=engine)
-            if exists
-            else Store.create(
-                directories,
-                identity=identity,
-                engine=engine,
-                directory_bytes_per_second=_rates(directories, engine),
-            )
-        )
+        if base_directories is not None:
+            if not _is_filled(holder):
+                with _open_or_create(base_directories, identity, engine) as made:
+                    fill_store(made, _numerics(made, offload, seed, device), **{SHARED: True})
+            base = Store.open(base_directories, engine=engine, read_only=True)
+            name_contents(base)
+            record = base_record(base, layouts.values())
+            recorded = None if found is None else recorded_base(found.state, directories[0])
+            if recorded is not None:
+                check_unchanged(recorded, record, directories[0])
+        store = _open_or_create(directories, identity, engine)
         name_contents(store)
-        names = set(store.names())
-        wanted = [layout for layout in layouts.values() if layout.weight_name not in names]
-        if not store.state.get("filled"):
-            description = {
-                "model": type(model).__name__,
-                "source": source,
-                "compute_dtype": offload.compute_dtype,
-                "moment_dtype": offload.moment_dtype,
-                "frozen_dtype": offload.frozen_dtype,
-                "blocks_path": blocks.path,
-                "attn_implementation": attn_implementation,
-                "config": config.to_dict() | {"model_type": config.model_type},
-                "shards": [layout.to_json() for layout in layouts.values()],
-            }
-            store.allocate(
-                [
-                    ExtentSpec(layout.weight_name, layout.weight_bytes, piece_bytes=layout.weight_piece_bytes)
-                    for layout in wanted
-                ],
-                description=jsonable(description),
-                prewrite=False,
-            )
         numerics = _numerics(store, offload, seed, device)
         went_back = _go_back(store, offload.resume)
-        if not store.state.get("filled"):
-            _fill(store, engine, model, blocks, layouts, fill, numerics)
-            resumed = f"new store in {directories[0]}, filled from {source}"
-        else:
+        if _is_filled(store):
             resumed = f"resumed at step {store.step} from {directories[0]}{went_back}"
-            if folder is not None and any(True for _ in model.buffers()):
-                _load_buffers(model, folder)
+        elif base is None:
+            resumed = f"new store in {directories[0]}, filled from {source}"
+            fill_store(store, numerics)
+        else:
+            resumed = f"new store in {directories[0]}"
+            store.allocate([], description=jsonable(description))
+            store.commit(
+                step=0, slots={}, checksums={}, state={"filled": True, "numerics": dict(numerics), "base": record}
+            )
+        if base is not None:
+            resumed += f", on the base in {', '.join(base.directories)}"
+            resumed += "" if _is_filled(holder) else f", filled from {source}"
+            if store.state["base"] != record:  # it was moved
+                store.commit(step=store.step, slots={}, checksums={}, state={**store.state, "base": record})
+        if _is_filled(holder) and folder is not None and any(True for _ in model.buffers()):
+            _load_buffers(model, folder)
         for note in store.notes:
             resumed += f"; {note}"
         if not isinstance(engine, PosixEngine):
             resumed += f"; {choice.reason}"
         if device == "cpu" and torch.get_num_threads() != numerics["num_threads"]:
             resumed += f"; compute threads set to the run's {numerics['num_threads']}"
+        checked = VerifyingEngine(engine, store)
         runtime = Runtime(
             model,
             blocks,
             layouts,
             offload,
             store=store,
-            engine=VerifyingEngine(engine, store),
+            base=base,
+            engine=checked if base is None else VerifyingEngine(checked, base),
             trace=Trace(),
             device=device,
             seed=numerics["seed"],
@@ -467,11 +500,36 @@ def _open(
     except BaseException:
         if runtime is not None:
             runtime.abandon()
-        elif store is not None:
-            store.close()
+        else:
+            for opened in (store, base):
+                if opened is not None:
+                    opened.close()
         engine.close()
         raise
     return model
+
+
+def _is_filled(store: Store | StoreSnapshot | None) -> bool:
+    return store is not None and bool(store.state.get("filled"))
+
+
+def _open_or_create(directories: Sequence[Path], identity: Mapping[str, Any], engine: Engine) -> Store:
+    if Store.exists(directories):
+        return Store.open(directories, engine=engine)
+    return Store.create(
+        directories, identity=identity, engine=engine, directory_bytes_per_second=_rates(directories, engine)
+    )
+
+
+def _allocate(store: Store, layouts: Mapping[str, ShardLayout], description: Mapping[str, Any]) -> None:
+    """Make the extents of weights that an attempt before has not made."""
+    names = set(store.names())
+    specs = [
+        ExtentSpec(layout.weight_name, layout.weight_bytes, piece_bytes=layout.weight_piece_bytes)
+        for layout in layouts.values()
+        if layout.weight_name not in names
+    ]
+    store.allocate(specs, description=jsonable(description), prewrite=False)
 
 
 def _quantised(
@@ -502,8 +560,7 @@ def _rates(directories: Sequence[Path], engine: Engine) -> list[float] | None:
 def _check_resume(offload: OffloadConfig, found: StoreSnapshot | None, directory: Path) -> None:
     """StoreError if `offload.resume` and what the directory holds do not go together; nothing is changed."""
     wanted = offload.resume
-    # A store that was never filled holds no run: making it ended early.
-    holds_run = found is not None and bool(found.state.get("filled"))
+    holds_run = _is_filled(found)  # else making it ended early
     if wanted == "never" and holds_run:
         assert found is not None
         raise StoreError(
@@ -553,7 +610,7 @@ def _check_identity(store: StoreSnapshot, identity: dict[str, str], model_class:
 
 def _numerics(store: Store, offload: OffloadConfig, seed: int | None, device: str) -> dict[str, Any]:
     """The run's numerics: those of the store, or new ones. ConfigError names both where they conflict."""
-    stored = store.state.get("numerics") if store.state.get("filled") else None
+    stored = store.state.get("numerics") if _is_filled(store) else None
     if stored is None:
         return {
             "seed": seed or 0,
@@ -604,7 +661,7 @@ def _fill(
     blocks: ModelBlocks,
     layouts: dict[str, ShardLayout],
     fill: Callable[[nn.Module, ModelBlocks, BlockWriter], None],
-    numerics: dict[str, Any],
+    state: Mapping[str, Any],
 ) -> None:
     checksums: dict[str, str] = {}
     largest = max(layout.weight_bytes for layout in layouts.values())
@@ -620,7 +677,7 @@ def _fill(
         step=0,
         slots={name: 0 for name in checksums},
         checksums=checksums,
-        state={**store.state, "filled": True, "numerics": numerics},
+        state={**store.state, "filled": True, **state},
     )
 
 

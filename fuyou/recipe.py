@@ -118,6 +118,9 @@ class OffloadSection(_Section):
 
     store: Text | list[Text]
     """Directory of the store, or one per drive. Made if missing."""
+    base: Text | list[Text] | None = None
+    """Directory of a base that several runs with `lora` share, or one per drive. Filled if missing. Left out: the store
+    holds the weights."""
     device: Text | None = None
     """"cuda", "cuda:0" or "cpu". Left out: cuda if there is one."""
     gpu_memory: Text | int | None = None
@@ -295,6 +298,8 @@ class Recipe(_Section):
             raise ValueError(
                 'data.tokenizer is missing: a model with random weights has none of its own; name a folder, or "bytes"'
             )
+        if self.offload.base is not None and self.lora is None:
+            raise ValueError("offload.base: nothing of a base is trained; add a lora section, or leave it out")
         if self.lora is not None and self.trainable is not None:
             raise ValueError("give either trainable or lora; lora.modules_to_save trains whole modules beside adapters")
         if self.training.eval_steps is not None and not self.has_evaluation and not self.training.sample_prompts:

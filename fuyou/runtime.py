@@ -23,6 +23,7 @@ from fuyou.adapters import (
     prepare,
     record_pool_bytes,
 )
+from fuyou.base_store import SHARED
 from fuyou.blocks import PROLOGUE, Block, ModelBlocks
 from fuyou.building import is_placeholder
 from fuyou.caches import can_be_split, join, split
@@ -67,6 +68,7 @@ class Runtime:
         config: OffloadConfig,
         *,
         store: Store,
+        base: Store | None,
         engine: Engine,
         trace: Trace,
         device: str,
@@ -78,6 +80,8 @@ class Runtime:
     ) -> None:
         self.config = config
         self.store = store
+        self.base = base
+        """The store that holds the weights, open for reading only, if it is another one."""
         self.trace = trace
         self.resumed = resumed
         self.blocks = blocks
@@ -94,6 +98,8 @@ class Runtime:
           call is a pass over the weights of its own, and several before optimizer.step() add up. A batch of more than
           micro_batch_size rows is split and joined again along dimension 0; a scalar (loss, aux_loss) is the mean of its
           parts', by label tokens, or by rows without labels. Do not write into hidden_states."""
+        self.checkpoint_to_load: str | None = None
+        """A checkpoint of the store's to which `model.load_state_dict` goes back first: the weights it will be given."""
         self.prefill_micro_batch_size: int | None = None
         """Texts that run through a block at once while `generate` reads their prompts; None: all."""
         self._model = model
@@ -190,6 +196,8 @@ class Runtime:
             stack.callback(torch.set_num_threads, self._num_threads_before)
             stack.callback(self._engine.close)
             stack.callback(self.store.close)
+            if self.base is not None:
+                stack.callback(self.base.close)
             for pool in self._pools:
                 stack.callback(pool.close, force=True)
             stack.callback(self._meter.close)
@@ -283,6 +291,28 @@ class Runtime:
         """The name of an adapter's parameter that somebody has given other values than the optimizer has; None for none."""
         return None if self._adapters is None else self._adapters.differing()
 
+    def restore_checkpoint(self, name: str) -> None:
+        """Go back to one of the store's checkpoints: weights, adapters and their states; blocks.
+
+        The optimizer is over then; to train on from there make another one with fuyou.AdamW. StoreError if there is no
+        such checkpoint, StoreCorruptError if it is damaged: everything stays as it is then.
+        """
+        self._check_usable()
+        self._executor.discard()
+        self.flush()
+        self.store.restore(name)
+        optimizer, self.optimizer = self.optimizer, None
+        if optimizer is not None:
+            optimizer.close()
+            self._weights.optimizer = self._executor.optimizer = None
+        self._weights.forget_resident()
+        self._drop_resident_states()
+        adapters, self._adapters = self._adapters, None
+        if adapters is not None:
+            for shard in adapters.layouts:
+                adapters.load(shard, None)
+            adapters.close()
+
     def restore_adapters(self) -> Any:
         """The model with the adapters that the store's run has trained, frozen; the model itself if there are none."""
         self._check_usable()
@@ -310,6 +340,12 @@ class Runtime:
         self._adapted = frozenset(adapters)
         plan = self._make_plan(clipping=max_grad_norm is not None)
         trained = [b.name for b in plan.blocks if b.trainable]
+        if trained and (self.base is not None or self.store.state.get(SHARED)):
+            raise ConfigError(
+                f"{trained[0]} is to be trained, but the weights in {(self.base or self.store).directories[0]} are a base, which "
+                "nobody writes: freeze it (lora.modules_to_save trains copies beside it), or begin a run with weights of its own "
+                "(without base) in another directory"
+            )
         for name in trained:
             if isinstance(self.layouts[name], QuantisedLayout):
                 raise ConfigError(
@@ -461,7 +497,7 @@ class Runtime:
         activations = pool("activations", plan.activation_pool_bytes)
         self._weights = WeightStream(
             engine=self._engine,
-            store=self.store,
+            store=self.base or self.store,
             pool=weights,
             layouts=self.layouts,
             resident=frozenset(b.name for b in plan.blocks if b.weights_in_host),
@@ -518,6 +554,9 @@ class Runtime:
             return NamesOnly([name for name, _ in model.named_parameters(remove_duplicate=False)])
 
         def load_state_dict(state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False) -> Any:
+            name, self.checkpoint_to_load = self.checkpoint_to_load, None
+            if name is not None:
+                self.restore_checkpoint(name)
             with self._weights_of_last_step():
                 return compare_state_dict(model, self.blocks, self._copy_block, state_dict, strict=strict)
 

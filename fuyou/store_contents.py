@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from fuyou.base_store import recorded_base
 from fuyou.config import OffloadConfig
 from fuyou.html import StoreContents
 from fuyou.quantising import QuantisedLayout
@@ -39,6 +40,7 @@ def inspect_store(store: Directories) -> StoreContents:
             "directories": [str(d) for d in directories],
             "identity": snapshot.identity,
             "source": str(snapshot.description.get("source", "")),
+            "base": recorded_base(snapshot.state, directories[0]),
             "step": snapshot.step,
             "filled": bool(snapshot.state.get("filled")),
             "numerics": snapshot.state.get("numerics", {}),
@@ -72,9 +74,16 @@ def inspect_store(store: Directories) -> StoreContents:
 
 
 def verify_store(store: Directories) -> list[str]:
-    """Read everything committed and compare it with its checksums; a sentence for each problem. Takes the lock."""
-    with opened_store(store) as (opened, _):
+    """Read everything committed and compare it with its checksums; a sentence for each problem. Takes the lock.
+
+    A run's base is read, too.
+    """
+    with opened_store(store) as (opened, engine):
         problems = opened.verify()
+        base = recorded_base(opened.state, opened.directories[0])
+        if base is not None:
+            with Store.open(base["directories"], engine=engine, read_only=True) as shared:
+                problems += shared.verify()
         if not opened.state.get("filled"):
             problems.append("the store was never filled: run the command that made it again")
         return problems

@@ -86,6 +86,19 @@ class FuyouCallback(TrainerCallback):
         elif self._written_step is not None and state.global_step == self._written_step:
             _catch_up(_unwrapped_scheduler(kwargs["lr_scheduler"]))
         self._written_step = None
+        runtime.checkpoint_to_load = None
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            kept = [
+                c
+                for c in runtime.store.checkpoints
+                if c.name == BEST and c.step == _step_of(state.best_model_checkpoint)
+            ]
+            if not kept:
+                raise ConfigError(
+                    f"load_best_model_at_end=True: the best checkpoint so far is {state.best_model_checkpoint}, and the store has "
+                    "not kept that step: set it to False, or begin a new run with it"
+                )
+            runtime.checkpoint_to_load = BEST
         if self._max_grad_norm is not None and not args.max_grad_norm:
             args.max_grad_norm = self._max_grad_norm  # an earlier train() ended with an exception, before on_train_end
         if args.max_grad_norm and args.max_grad_norm > 0:
@@ -124,13 +137,18 @@ class FuyouCallback(TrainerCallback):
             state.log_history[-1].update(figures)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Commit: a checkpoint of Trainer's goes with a store that is as far."""
+        """Commit: a checkpoint of Trainer's goes with a store that is as far. Keep the best for the end, if it is asked for."""
         runtime = getattr(kwargs.get("model"), "fuyou", None)
-        if runtime is not None:
-            runtime.flush()
+        if runtime is None:
+            return
+        runtime.flush()
+        best = state.best_model_checkpoint
+        if args.load_best_model_at_end and best is not None and _step_of(best) == state.global_step:
+            runtime.store.checkpoint(BEST)
+            runtime.checkpoint_to_load = BEST
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Commit the last step; give TrainingArguments its max_grad_norm back."""
+        """Commit the last step; go back to the best, if it is asked for; give TrainingArguments its max_grad_norm back."""
         if self._max_grad_norm is not None:
             args.max_grad_norm, self._max_grad_norm = self._max_grad_norm, None
         model = kwargs.get("model")
@@ -138,8 +156,14 @@ class FuyouCallback(TrainerCallback):
         if runtime is not None:
             runtime.flush()
             _end_look(model)
+            # Trainer loads adapters past the model's own load_state_dict.
+            name, runtime.checkpoint_to_load = runtime.checkpoint_to_load, None
+            if name is not None:
+                runtime.restore_checkpoint(name)
 
 
+BEST = "trainer-best"
+"""Name of the store's checkpoint of the step of Trainer's best checkpoint."""
 _COMMITTED = "trainer"
 """Key of Trainer's state in a commit."""
 _MARK = "fuyou_checkpoint.json"
@@ -254,11 +278,22 @@ def _check_arguments(args: Any) -> None:
         raise ConfigError("gradient checkpointing: layers are recomputed already, set it to False")
     if getattr(args, "torch_compile", False):
         raise ConfigError("torch_compile=True: weights change their place under compiled code, set it to False")
-    if args.load_best_model_at_end:
+    for name in ("deepspeed", "fsdp"):
+        if getattr(args, name, None):
+            raise ConfigError(
+                f"{name}: it would take the model apart, whose weights stream from the store; leave it out"
+            )
+    if args.n_gpu > 1:
         raise ConfigError(
-            "load_best_model_at_end=True would load weights into a model that streams them from its store: set it to False "
-            "and use the best checkpoint's folder, which plain transformers can load"
+            f"Trainer would copy the model to {args.n_gpu} GPUs (DataParallel), and a streamed one runs on one: set "
+            "CUDA_VISIBLE_DEVICES=0"
         )
+
+
+def _step_of(folder: str) -> int:
+    """Of a checkpoint of Trainer's; -1 for a folder of another name."""
+    number = Path(folder).name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+    return int(number) if number.isdecimal() else -1
 
 
 def _let_trainer_look(model: Any, optimizer: OffloadedAdamW) -> None:

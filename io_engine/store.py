@@ -109,8 +109,10 @@ class Store:
         committed: Committed,
         notes: Iterable[str],
         bytes_per_second: tuple[float, ...] | None,
+        read_only: bool = False,
     ) -> None:
         self._directories = directories
+        self._read_only = read_only
         self._engine = engine
         self._lock_file = lock
         self._committed = committed
@@ -182,21 +184,28 @@ class Store:
         *,
         engine: Engine,
         directory_bytes_per_second: Sequence[float] | None = None,
+        read_only: bool = False,
     ) -> Store:
         """Open a store at its last committed state and remove what a crash left over.
 
-        `directory_bytes_per_second` is for extents to come, as in `create`; None: as at the last allocation.
+        `directory_bytes_per_second` is for extents to come, as in `create`; None: as at the last allocation. With
+        `read_only` nothing on disk is changed, then or later, and others may open it read-only at the same time;
+        nobody may open it otherwise until all of them have closed it.
         StoreError if it is not there or not whole, StoreLockedError if in use, StoreCorruptError if damaged.
         """
         paths = absolute_directories(directories)
         rates = check_rates(directory_bytes_per_second, len(paths))
         check_store_ids(paths)  # before the lock file is made: a refusal leaves no trace
-        lock = StoreLock(os.path.join(paths[0], LOCK_NAME))
+        lock = StoreLock(os.path.join(paths[0], LOCK_NAME), shared=read_only)
         try:
             store_uuid = check_store_ids(paths)
             committed, note = read_newest(paths, store_uuid)
-            store = cls(paths, engine, lock, committed, () if note is None else (note,), rates)
+            store = cls(paths, engine, lock, committed, () if note is None else (note,), rates, read_only)
             store._check_data_files()
+            if read_only:
+                if note is not None:
+                    raise StoreCorruptError(f"{note}; `fuyou verify {paths[0]}` repairs it if its data are whole")
+                return store
             store._checkpoints, problems = read_checkpoints(paths, store_uuid)
             if note is None:
                 store._remove_leftovers(problems.keys())
@@ -325,7 +334,7 @@ class Store:
         too.
         """
         with self._mutex:
-            self._check_usable()
+            self._check_changeable()
             # The manifests first: a crash in the middle then leaves files that nobody can take for a whole
             # store.
             for name in (MANIFEST_NAME, PREVIOUS_NAME, DAMAGED_NAME):
@@ -344,6 +353,13 @@ class Store:
                 sync_directory(directory)
             self._closed = True
             self._lock_file.release(remove=True)
+
+    def _check_changeable(self) -> None:
+        self._check_usable()
+        if self._read_only:
+            raise StoreError(
+                f"the store in {self._directories[0]} is open for reading only: nothing in it may be changed"
+            )
 
     def _check_usable(self) -> None:
         if self._closed:
@@ -475,7 +491,7 @@ class Store:
         anything is written, StoreError for names that exist (or, for second slots, do not).
         """
         with self._mutex:
-            self._check_usable()
+            self._check_changeable()
             specs, widened = tuple(specs), tuple(second_slots_for)
             self._check_names(specs, widened)
             if not specs and not widened and description is None:
@@ -567,7 +583,7 @@ class Store:
         drive, StoreCorruptError if another process has truncated or removed a file.
         """
         with self._mutex:
-            self._check_usable()
+            self._check_changeable()
             started_seconds = time.perf_counter()
             old = self._committed.manifest
             if step < old.step:
@@ -642,7 +658,7 @@ class Store:
         ValueError for a name of other than letters, digits, dots, dashes and underscores.
         """
         with self._mutex:
-            self._check_usable()
+            self._check_changeable()
             if not CHECKPOINT_NAME.fullmatch(name):
                 raise ValueError(
                     f"checkpoint name {name!r}: use up to 64 letters, digits, dots, dashes and underscores, "
@@ -660,7 +676,7 @@ class Store:
     def remove_checkpoint(self, name: str) -> None:
         """Delete a checkpoint's files; StoreError if there is none of that name."""
         with self._mutex:
-            self._check_usable()
+            self._check_changeable()
             self._delete(self._find_checkpoint(name))
 
     def restore(self, name: str) -> Checkpoint:
@@ -670,7 +686,7 @@ class Store:
         the checkpoint are zeros again. StoreError if there is none of that name, StoreCorruptError if it is damaged.
         """
         with self._mutex:
-            self._check_usable()
+            self._check_changeable()
             checkpoint = self._find_checkpoint(name)
             if checkpoint.layout.extents.keys() - self._layout.extents.keys():
                 raise StoreCorruptError(f"the checkpoint {name!r} has extents that the store lacks; it is not its own")
@@ -753,7 +769,7 @@ class Store:
         Another size gives another place. OSError(ENOSPC) before anything is written.
         """
         with self._mutex:
-            self._check_usable()
+            self._check_changeable()
             return self._scratch.extent(name, num_bytes)
 
     def release_scratch(self, name: str) -> None:

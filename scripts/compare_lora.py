@@ -2,7 +2,7 @@
 
 The model and the text are the quick start's (run `scripts/quickstart` once, its work folder is used); the same rows in
 the same order. 1 if Fuyou's held-out loss ends more than 2 % away from peft's, or if the adapter that it saved gives other
-logits in plain peft than in the store's model.
+logits in plain peft than in the store's model. Interrupted, it goes on where it stood.
 """
 
 from __future__ import annotations
@@ -49,24 +49,32 @@ def main() -> int:
     steps = [train[2 * number : 2 * number + 2] for number in range(options.steps)]
     dtype = getattr(torch, options.compute_dtype)
 
+    parts = options.work / f"compare-lora-{options.compute_dtype}"
+    parts.mkdir(exist_ok=True)
     plain = _adapted(AutoModelForCausalLM.from_pretrained(base, dtype=dtype))
-    before = evaluate(plain, held_out)
-    _train_plain(plain, steps)
-    expected = evaluate(plain, held_out)
+    results = parts / "plain.json"
+    if not results.exists():
+        before = evaluate(plain, held_out)
+        _train_plain(plain, steps, parts / "plain.pt")
+        results.write_text(json.dumps({"steps": len(steps), "before": before, "after": evaluate(plain, held_out)}))
+    found = json.loads(results.read_text())
+    if found["steps"] != len(steps):
+        sys.exit(f"compare_lora: {results} is of {found['steps']} steps: remove {parts}")
+    before, expected = found["before"], found["after"]
     del plain
 
-    store, saved = options.work / "compare-lora", options.work / "compare-lora-adapter"
-    shutil.rmtree(store, ignore_errors=True)
+    saved = parts / "adapter"
     offload = fuyou.OffloadConfig(
-        store=store, host_memory="1GiB", compute_dtype=options.compute_dtype, micro_batch_size=1
+        store=parts / "store", host_memory="1GiB", compute_dtype=options.compute_dtype, micro_batch_size=1
     )
     model = _adapted(fuyou.from_pretrained(base, offload=offload, trainable=()))
     with model.fuyou:
         optimizer = fuyou.AdamW(model, lr=LEARNING_RATE, weight_decay=0.0, max_grad_norm=MAX_GRAD_NORM)
-        for rows_of_step in steps:
-            model(**_joined(rows_of_step)).loss.backward()
+        while optimizer.step_count < len(steps):
+            model(**_joined(steps[optimizer.step_count])).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
+            _say("fuyou", optimizer.step_count, len(steps))
         got = evaluate(model, held_out)
         model.save_pretrained(saved)
         model.eval()
@@ -74,7 +82,6 @@ def main() -> int:
             ours = model(input_ids=held_out[0]["input_ids"]).logits
             loaded = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=dtype), saved)
             theirs = loaded.eval()(input_ids=held_out[0]["input_ids"]).logits
-    shutil.rmtree(store)
     share = abs(got - expected) / expected
     result = {
         "steps": options.steps,
@@ -86,6 +93,7 @@ def main() -> int:
         "adapter_gives_equal_logits": bool(torch.equal(ours, theirs)),
     }
     print(json.dumps(result))
+    shutil.rmtree(parts)
     return int(share > LIMIT_SHARE or not result["adapter_gives_equal_logits"])
 
 
@@ -95,18 +103,34 @@ def _adapted(model: Any) -> Any:
     return peft.get_peft_model(model, config)
 
 
-def _train_plain(model: Any, steps: list[list[Batch]]) -> None:
+def _train_plain(model: Any, steps: list[list[Batch]], kept: Path) -> None:
     """As one writes it with peft and torch: rows one by one, their gradients added by their share of the label tokens."""
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=0.0)
-    for rows in steps:
+    done = 0
+    if kept.exists():
+        done, values, states = torch.load(kept)
+        optimizer.load_state_dict(states)
+        with torch.no_grad():
+            for parameter, value in zip(trained, values, strict=True):
+                parameter.copy_(value)
+    for rows in steps[done:]:
         counts = [int((row["labels"][:, 1:] != -100).sum()) for row in rows]
         for row, count in zip(rows, counts, strict=True):
             (model(**row).loss * (count / sum(counts))).backward()
         torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
+        done += 1
+        _say("peft", done, len(steps))
+        if done % 10 == 0:
+            torch.save((done, [p.detach() for p in trained], optimizer.state_dict()), kept)
+
+
+def _say(whose: str, step: int, num_steps: int) -> None:
+    if step % 10 == 0:
+        print(f"{whose}: step {step} of {num_steps}", file=sys.stderr, flush=True)
 
 
 def _joined(rows: list[Batch]) -> Batch:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 import fuyou
 from tests.tiny_models import tiny_batches, tiny_model_config
@@ -163,7 +163,6 @@ def test_clip_grad_norm_is_refused(model: Any) -> None:
             # accelerate imports torch's compiler, which is not ready for its own deprecations.
             marks=pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning"),
         ),
-        ({"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2}, "load_best_model_at_end"),
         ({"max_grad_norm": 1.0}, "without clipping"),
     ],
 )
@@ -173,6 +172,15 @@ def test_refused_arguments(model: Any, tmp_path: Path, changes: dict[str, Any], 
     changes = {"max_grad_norm": 0.0} | changes
     with pytest.raises(fuyou.FuyouError, match=message):
         trainer(model, tmp_path / "out", optimizer, [fuyou.FuyouCallback()], **changes).train()
+
+
+@pytest.mark.parametrize(("field", "value"), [("deepspeed", {"zero": 3}), ("fsdp", "full_shard"), ("_n_gpu", 2)])
+def test_other_ways_to_spread_a_model_are_refused(model: Any, tmp_path: Path, field: str, value: Any) -> None:
+    """On this machine some of these cannot even be asked for: what is checked is what TrainingArguments says."""
+    args = arguments(tmp_path / "out", max_grad_norm=0.0)
+    object.__setattr__(args, field, value)
+    with pytest.raises(fuyou.ConfigError, match="GPUs" if field == "_n_gpu" else field):
+        fuyou.FuyouCallback().on_init_end(args, None, None, model=model)
 
 
 def test_wrong_optimizer_and_model_are_refused(model: Any, tmp_path: Path) -> None:
@@ -367,3 +375,76 @@ def test_save_total_limit_and_loggers(tmp_path: Path) -> None:
     steps = [entry for entry in seen if "loss" in entry]
     assert len(steps) == 4
     assert all(entry["fuyou/bytes_written"] > 0 and entry["grad_norm"] > 0 for entry in steps)
+
+
+BEST: dict[str, Any] = {
+    "load_best_model_at_end": True,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "eval_steps": 1,
+    "save_total_limit": 1,
+    "max_steps": 5,
+    "learning_rate": 0.1,  # so that the best step is not the last
+    "warmup_steps": 0,
+    "lr_scheduler_type": "constant",
+}
+
+
+def test_the_best_model_is_there_at_the_end(tmp_path: Path) -> None:
+    """Stopped early, as plain Trainer is; the store goes back to the best step, from which another optimizer goes on."""
+    model = streamed(tiny_model_config("llama"), tmp_path)
+    model.save_pretrained(tmp_path / "start")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype=torch.float32)
+    expected = trainer(plain, tmp_path / "plain", callbacks=[EarlyStoppingCallback(2)], **BEST)
+    optimizer = fuyou.AdamW(model, lr=0.1, weight_decay=0.1, max_grad_norm=0.5, param_groups=_groups(model))
+    with model.fuyou:
+        made = trainer(model, tmp_path / "out", optimizer, [fuyou.FuyouCallback(), EarlyStoppingCallback(2)], **BEST)
+        for run in (expected, made):
+            run.train()
+        best = expected.state.best_global_step
+        assert 0 < best < expected.state.global_step < 5
+        assert (made.state.best_global_step, made.state.global_step) == (best, expected.state.global_step)
+        assert [Path(run.state.best_model_checkpoint or "").name for run in (made, expected)] == [
+            f"checkpoint-{best}"
+        ] * 2
+        folders = [sorted(path.name for path in (tmp_path / name).glob("checkpoint-*")) for name in ("plain", "out")]
+        assert folders[0] == folders[1]
+        assert model.fuyou.committed_step == best
+        made.callback_handler.eval_dataloader = None
+        assert made.evaluate()["eval_loss"] == pytest.approx(expected.evaluate()["eval_loss"], rel=2e-5)
+        model.save_pretrained(tmp_path / "end")
+        saved, kept = (
+            AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto").state_dict()
+            for name in ("end", f"out/checkpoint-{best}")
+        )
+        assert all(torch.equal(saved[name], kept[name]) for name in kept)
+        with pytest.raises(RuntimeError):
+            optimizer.step()
+        again = fuyou.AdamW(model, lr=1e-3)
+        assert again.step_count == best
+        model.train()
+        model(**tiny_batches(model.config, 1, 1, seed=5)[0][0]).loss.backward()
+        again.step()
+        model.fuyou.flush()
+        assert model.fuyou.committed_step == best + 1
+
+
+def test_the_best_model_of_a_run_that_was_killed(tmp_path: Path) -> None:
+    """The best step lies before the crash: the resumed run has it at its end, too. Nothing is kept where nobody asked."""
+    changes = BEST | {"eval_strategy": "steps"}
+    expected = _train(tmp_path / "whole", None, **changes)
+    with pytest.raises(KeyboardInterrupt):
+        _train(tmp_path / "cut", 4, **changes)
+    assert [c["name"] for c in fuyou.inspect_store(tmp_path / "cut" / "store")["checkpoints"]] == ["trainer-best"]
+    made = _train(tmp_path / "cut", None, resume=True, **changes)
+    assert made.state.best_global_step == expected.state.best_global_step < 4
+    ends = [
+        AutoModelForCausalLM.from_pretrained(tmp_path / name / "end", dtype="auto").parameters()
+        for name in ("whole", "cut")
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    saves = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 2}
+    _train(tmp_path / "other", None, metric_for_best_model="loss", **saves)
+    assert fuyou.inspect_store(tmp_path / "other" / "store")["checkpoints"] == []
+    with pytest.raises(fuyou.ConfigError, match="has not kept that step"):
+        _train(tmp_path / "other", None, resume=True, **saves | {"load_best_model_at_end": True, "max_steps": 3})

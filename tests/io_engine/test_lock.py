@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from io_engine import ExtentSpec, PosixEngine, Store, StoreLockedError
+from io_engine import ExtentSpec, PosixEngine, Store, StoreCorruptError, StoreError, StoreLockedError
 from tests.io_engine.test_store_crash import run_child
 
 OPEN = """
@@ -114,3 +114,60 @@ def test_a_deleted_store_is_not_locked_by_its_ghost(tmp_path: Path) -> None:
             child = run_child(OPEN, str(tmp_path / "s"))
             assert child.communicate(timeout=60)[0].startswith("locked:")
             assert again.uuid != store.uuid
+
+
+READ = OPEN.replace("engine=PosixEngine(1))", "engine=PosixEngine(1), read_only=True)")
+
+
+def test_readers_share_it_and_keep_writers_out(tmp_path: Path) -> None:
+    """Two here and one in another process; the lock lasts until the last of them has gone."""
+    store = str(tmp_path / "s")
+    with PosixEngine(1) as engine:
+        with Store.create(store, identity={}, engine=engine):
+            with pytest.raises(StoreLockedError, match="already open in this process"):
+                Store.open(store, engine=engine, read_only=True)
+            child = run_child(READ, store)
+            assert f"in use by process {os.getpid()}" in child.communicate(timeout=60)[0]
+        first = Store.open(store, engine=engine, read_only=True)
+        second = Store.open(store, engine=engine, read_only=True)
+        child = run_child(READ, store)
+        assert child.stdout is not None
+        assert child.stdout.readline() == "open\n"
+        first.close()
+        writer = run_child(OPEN, store)
+        assert "the base of a run that is under way" in writer.communicate(timeout=60)[0]
+        with pytest.raises(StoreLockedError, match="already open in this process"):
+            Store.open(store, engine=engine)
+        second.close()
+        with pytest.raises(StoreLockedError, match="the base of a run that is under way"):
+            Store.open(store, engine=engine)
+        child.communicate("")
+        Store.open(store, engine=engine).close()
+
+
+def test_what_is_open_for_reading_cannot_be_changed(tmp_path: Path) -> None:
+    """Nor is anything tidied up at opening, which another reader may be in the middle of."""
+    with PosixEngine(1) as engine:
+        with Store.create(tmp_path / "s", identity={}, engine=engine) as store:
+            store.allocate([ExtentSpec("w", 4096)])
+        leftover = tmp_path / "s" / "extents-99.bin"
+        leftover.write_bytes(b"")
+        before = {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()}
+        with Store.open(tmp_path / "s", engine=engine, read_only=True) as store:
+            assert store.extent("w").num_bytes == 4096
+            for change in (
+                lambda: store.allocate([ExtentSpec("v", 4096)]),
+                lambda: store.commit(step=1, slots={}, checksums={}, state={}),
+                lambda: store.checkpoint("now"),
+                lambda: store.restore("now"),
+                lambda: store.remove_checkpoint("now"),
+                lambda: store.scratch("x", 4096),
+                store.delete,
+            ):
+                with pytest.raises(StoreError, match="open for reading only"):
+                    change()
+            assert store.verify() == []
+        assert {path.name: path.read_bytes() for path in (tmp_path / "s").iterdir()} == before
+        (tmp_path / "s" / "manifest.json").write_bytes(b"torn")
+        with pytest.raises(StoreCorruptError, match="fuyou verify"):
+            Store.open(tmp_path / "s", engine=engine, read_only=True)
