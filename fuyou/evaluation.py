@@ -87,6 +87,7 @@ def rows_to_evaluate(
 ) -> TokenRows:
     """The rows that the section holds out, or all of them where it holds out none; DataError, ConfigError."""
     vocabulary_size = getattr(source.config.get_text_config(), "vocab_size", None)
+    section = section.model_copy(update={"streaming": False})  # what is evaluated is known as a whole
     data = load_data(section, tokenizer, seed=seed, vocab_size=vocabulary_size)
     for note in data.notes:
         say(note)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ from io_engine import (
     PosixEngine,
     Store,
     StoreError,
+    StoreLockedError,
     StoreSnapshot,
     VerifyingEngine,
     choose_engine,
@@ -359,6 +361,7 @@ def _open(
     dtype = DTYPES[offload.compute_dtype]
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     directories = offload.store_directories
+    _let_go_of_interrupted(directories[0])
     found = Store.peek(directories) if Store.exists(directories) else None
     _check_resume(offload, found, directories[0])
     base_directories = base_of_run(offload, found, directories[0])
@@ -490,6 +493,7 @@ def _open(
             num_threads=numerics["num_threads"],
             resumed=resumed,
         )
+        _opened[_key(directories[0])] = runtime
         _load_generation_config(model, folder)
         if plan.gpu_memory_bytes is not None:
             # The promise: torch frees what it caches, or says that memory is used up, before it takes more.
@@ -507,6 +511,29 @@ def _open(
         engine.close()
         raise
     return model
+
+
+_opened: weakref.WeakValueDictionary[tuple[int, str], Runtime] = weakref.WeakValueDictionary()
+"""By process, since forked children inherit this, and the store's first directory."""
+
+
+def _key(directory: Path) -> tuple[int, str]:
+    return os.getpid(), os.path.realpath(directory)
+
+
+def _let_go_of_interrupted(directory: Path) -> None:
+    """Close the model that this process has open on a store, if Ctrl-C has left it useless; StoreLockedError if it is not.
+
+    So that a notebook's cell that opens a model can be run again.
+    """
+    runtime = _opened.get(_key(directory))
+    if runtime is None or runtime.closed:
+        return
+    if runtime.cut_short is None:
+        raise StoreLockedError(
+            f"{directory} is open in this process already: go on with that model, or close it first (model.fuyou.close())"
+        )
+    runtime.abandon()
 
 
 def _is_filled(store: Store | StoreSnapshot | None) -> bool:

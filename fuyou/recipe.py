@@ -84,6 +84,10 @@ class DataSection(_Section):
     """Rows are cut to this many tokens."""
     packing: bool = False
     """Lay several whole texts into a row of max_length tokens; none sees another. Models that cannot are refused."""
+    streaming: bool = False
+    """Read and tokenise rows as they are needed, for sets larger than memory (or, of the hub, than the drive)."""
+    shuffle_window: Positive = 1024
+    """With streaming: rows that follow each other and are drawn in a new order among themselves."""
     eval_file: Text | list[Text] | None = None
     """Rows to be evaluated, same columns as `file`."""
     eval_split: Text | None = None
@@ -108,6 +112,13 @@ class DataSection(_Section):
         pair = self.prompt_field is not None or self.completion_field is not None
         if (self.messages_field is not None) + pair + (self.text_field is not None) > 1:
             raise ValueError("give one of messages_field, prompt_field with completion_field, and text_field")
+        if self.streaming and (self.packing or self.eval_fraction is not None):
+            taken, instead = (
+                ("packing", "leave it off") if self.packing else ("eval_fraction", "use eval_file or eval_split")
+            )
+            raise ValueError(
+                f"{taken} needs all rows at once, and streaming: true reads them one after the other; {instead}"
+            )
         if self.text_field is not None and self.completion_only_loss:
             raise ValueError("completion_only_loss: true needs answers; rows of plain text have none")
         return self
@@ -300,6 +311,8 @@ class Recipe(_Section):
             )
         if self.offload.base is not None and self.lora is None:
             raise ValueError("offload.base: nothing of a base is trained; add a lora section, or leave it out")
+        if self.data.streaming and self.training.max_steps is None:
+            raise ValueError("data.streaming: how many rows there are is not known; give training.max_steps")
         if self.lora is not None and self.trainable is not None:
             raise ValueError("give either trainable or lora; lora.modules_to_save trains whole modules beside adapters")
         if self.training.eval_steps is not None and not self.has_evaluation and not self.training.sample_prompts:

@@ -124,7 +124,8 @@ class Runtime:
         self._queued_since = -1
         """The optimizer's num_steps_called when the queue was empty: only its micro-batches go into one step."""
         self._micro_batches_of_step = (-1, 0)
-        self._closed = False
+        self.closed = False
+        """Whether `close` or `abandon` was called."""
         self._metrics: dict[str, Any] = {}
         self._step_started = time.perf_counter()
         self._step_loss: float | None = 0.0
@@ -177,10 +178,10 @@ class Runtime:
 
         After a Ctrl-C in the middle of a step nothing is flushed: the store stays at its committed step.
         """
-        if self._closed:
+        if self.closed:
             return
         try:
-            if self._cut_short() is None:
+            if self.cut_short is None:
                 self.flush()
                 self._save_traces()
         finally:
@@ -188,9 +189,9 @@ class Runtime:
 
     def abandon(self) -> None:
         """Close without finishing pending updates; the store stays at its committed step. Idempotent."""
-        if self._closed:
+        if self.closed:
             return
-        self._closed = True
+        self.closed = True
         # From the last line up. Pools before the engine: a read that nobody waits for any more keeps its own memory.
         with contextlib.ExitStack() as stack:
             stack.callback(torch.set_num_threads, self._num_threads_before)
@@ -217,7 +218,7 @@ class Runtime:
             self.close()
             return
         try:
-            if self.plan.durability == "checkpoint" and self._cut_short() is None:
+            if self.plan.durability == "checkpoint" and self.cut_short is None:
                 # What went wrong was not the step: those taken are whole, and the drive may lack many of them.
                 with contextlib.suppress(Exception):
                     self.flush()
@@ -925,14 +926,15 @@ class Runtime:
         with self._block_on_host(block.name) as tensors:
             return {name: tensor.clone() for name, tensor in tensors.items()}
 
-    def _cut_short(self) -> str | None:
-        """What was interrupted in its middle, so that memory and store may disagree; None if nothing was."""
+    @property
+    def cut_short(self) -> str | None:
+        """What Ctrl-C has interrupted in its middle, so that memory and store may disagree; None if nothing was."""
         return self._interrupted or (None if self.optimizer is None else self.optimizer.cut_short)
 
     def _check_usable(self) -> None:
-        if self._closed:
+        if self.closed:
             raise ModelError("this model is closed: open it again with fuyou.from_pretrained(..., store=...)")
-        cut_short = self._cut_short()
+        cut_short = self.cut_short
         if cut_short is not None:
             raise ModelError(
                 f"{cut_short} was interrupted before its end, so that this model cannot go on: close it (model.fuyou.close()) "

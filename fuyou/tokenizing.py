@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import xxhash
+
 from fuyou.errors import ConfigError, DataError
 from fuyou.recipe import DataSection
 
@@ -30,6 +32,10 @@ class Tokenizer(Protocol):
         """Messages in the chat template; `answer_follows` ends with the head of the assistant's turn."""
         ...
 
+    def fingerprint(self) -> str:
+        """A digest of all that the ids depend on."""
+        ...
+
 
 class ByteTokenizer:
     """One token a byte of UTF-8, vocabulary 256: for trials with random weights only."""
@@ -49,6 +55,10 @@ class ByteTokenizer:
     def chat(self, messages: Sequence[Mapping[str, Any]], *, answer_follows: bool) -> str:
         """Always DataError: bytes have no chat template."""
         raise DataError("data.tokenizer=bytes has no chat template: use text or prompt and completion columns")
+
+    def fingerprint(self) -> str:
+        """Always the same."""
+        return "bytes"
 
 
 class HuggingFaceTokenizer:
@@ -80,6 +90,25 @@ class HuggingFaceTokenizer:
         except Exception as error:  # a template is a program of the model's author and may raise anything
             raise DataError(f"the tokenizer's chat template refuses it: {error}") from None
         return text
+
+    def fingerprint(self) -> str:
+        """A digest of class, vocabulary and rules, special tokens and template, and of the library's version."""
+        import transformers
+
+        tokenizer = self.tokenizer
+        rules = getattr(tokenizer, "backend_tokenizer", None)
+        parts = [
+            type(tokenizer).__name__,
+            rules.to_str() if rules is not None else str(sorted(tokenizer.get_vocab().items())),
+            str(tokenizer.chat_template),
+            str(sorted(tokenizer.special_tokens_map.items())),
+            str([self.eos_id, self.pad_id]),
+            transformers.__version__,
+        ]
+        digest = xxhash.xxh3_64()
+        for part in parts:
+            digest.update(f"{len(part)} {part}".encode())
+        return f"xxh3:{digest.hexdigest()}"
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> Tokenizer:
@@ -231,7 +260,7 @@ def _chat(
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
-    value = row[column]
+    value = row.get(column)  # streamed rows may lack it
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -240,7 +269,7 @@ def _text(row: Mapping[str, Any], column: str) -> str:
 
 
 def _messages(row: Mapping[str, Any], column: str, role: str | None = None) -> list[Mapping[str, Any]]:
-    value = row[column]
+    value = row.get(column)
     if role is not None and isinstance(value, str):
         return [{"role": role, "content": value}] if value else []
     if value is None:

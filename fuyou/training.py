@@ -141,7 +141,8 @@ def _load_data(recipe: Recipe, reporter: Reporter) -> tuple[Any, DataSet]:
     own = recipe.data.tokenizer is None
     tokenizer = load_tokenizer(name, revision=recipe.model.revision if own else None)
     vocab_size = getattr(config.get_text_config(), "vocab_size", None)
-    data = load_data(recipe.data, tokenizer, seed=recipe.shuffle_seed, vocab_size=vocab_size)
+    keep = Path(recipe.output.dir).expanduser() / "rows"
+    data = load_data(recipe.data, tokenizer, seed=recipe.shuffle_seed, vocab_size=vocab_size, keep=keep)
     for note in data.notes:
         reporter.note(note)
     return tokenizer, data
@@ -182,6 +183,7 @@ class _Run:
         num_rows = len(data.train) if self._packs is None else len(self._packs)
         self._order = BatchOrder(num_rows, recipe.rows_per_step, recipe.shuffle_seed, recipe.data.shuffle)
         training = recipe.training
+        # The recipe of a stream has max_steps.
         self._max_steps = training.max_steps or self._order.steps_for_epochs(training.num_train_epochs or 1.0)
         self._eval_before: float | None = None
         self._eval_after: float | None = None
@@ -195,6 +197,11 @@ class _Run:
         return packs
 
     def _batch(self, step: int) -> dict[str, Any]:
+        if self._data.stream is not None:
+            rows, notes = self._data.stream.take(self._recipe.rows_per_step)
+            for note in notes:
+                self._reporter.note(note)
+            return collate(rows, range(len(rows)), self._data.pad_id)
         indices = self._order.batch_for_step(step)
         if self._packs is None:
             return collate(self._data.train, indices, self._data.pad_id)
@@ -257,7 +264,7 @@ class _Run:
     def _check_continuity(self, target: _Target) -> None:
         """Say so where a resumed run goes on with other rows than it began with."""
         self._identity = {
-            "data": self._data.train.fingerprint(),
+            "data": (self._data.stream or self._data.train).fingerprint(),
             "rows_per_step": self._recipe.rows_per_step,
             "shuffle": [self._recipe.data.shuffle, self._recipe.shuffle_seed],
             "packing": self._recipe.data.packing,
@@ -265,6 +272,8 @@ class _Run:
         extra = self._optimizer.extra
         self._eval_before = extra.get("eval_loss_before")
         changed = [name for name, value in self._identity.items() if extra.get(name, value) != value]
+        if self._data.stream is not None and "stream" in extra and "data" not in changed:
+            self._data.stream.seek(extra["stream"])
         if target.first_step and changed:
             self._reporter.note(
                 f"note: {', '.join(changed)} differ from the steps before {target.first_step}; this run is "
@@ -324,7 +333,8 @@ class _Run:
         self._model.train()
         for step in range(target.first_step, target.stop_step):
             self._model(**self._batch(step)).loss.backward()
-            self._optimizer.commit_extra({**self._identity, "eval_loss_before": self._eval_before})
+            position = {} if self._data.stream is None else {"stream": self._data.stream.position}
+            self._optimizer.commit_extra({**self._identity, **position, "eval_loss_before": self._eval_before})
             self._optimizer.step()
             scheduler.step()
             self._optimizer.zero_grad()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pytest
 import torch
+from jupyter_client.manager import KernelManager
 from nbclient import NotebookClient
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import fuyou
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "recipes" / "notebooks"
@@ -162,3 +166,84 @@ def test_notebooks_are_committed_without_outputs(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert [cell.id for cell in notebook.cells if cell.get("outputs") or cell.get("execution_count")] == []
+
+
+TRAINING_CELL = """
+import time, torch, transformers, fuyou
+
+torch.manual_seed(0)
+batches = torch.randint(128, (6, 2, 24))
+config = transformers.LlamaConfig(
+    vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, attention_dropout=0.1
+)
+model = fuyou.from_config(config, offload=fuyou.OffloadConfig(store=STORE, host_memory="32MiB"), seed=1)
+optimizer = fuyou.AdamW(model, lr=1e-3, max_grad_norm=0.5)
+
+
+def wait(*_):
+    print("in the middle", flush=True)
+    time.sleep(60)
+
+
+while optimizer.step_count < 6:
+    if optimizer.step_count == LONG_STEP and not model.fuyou.resumed.startswith("resumed"):
+        model.model.layers[2].register_forward_pre_hook(wait)
+    ids = batches[optimizer.step_count]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+print(model.fuyou.resumed)
+"""
+
+LAST_CELL = """
+import threading
+
+model.save_pretrained(OUT)
+model.fuyou.close()
+print([thread.name for thread in threading.enumerate() if thread.name not in THREADS])
+"""
+
+
+@pytest.mark.slow
+def test_an_interrupted_cell_can_be_run_again(tmp_path: Path) -> None:
+    """The kernel is interrupted in the middle of a step; the same cell again goes on, with the bits of an unbroken run."""
+    manager = KernelManager(kernel_name="python3")
+    manager.start_kernel(env={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=str(tmp_path))
+    client = manager.blocking_client()
+    client.start_channels()
+
+    def run(code: str, interrupt_at: str | None = None) -> tuple[str, str]:
+        """What the cell prints, and the name of the error with which it ends."""
+        printed: list[str] = []
+
+        def shown(message: Any) -> None:
+            printed.append(str(message["content"].get("text", "")))
+            if interrupt_at is not None and interrupt_at in printed[-1]:
+                manager.interrupt_kernel()
+
+        reply = client.execute_interactive(code, timeout=120, output_hook=shown)
+        return "".join(printed), reply["content"].get("ename", "")
+
+    try:
+        client.wait_for_ready(timeout=60)
+        run("import threading\nTHREADS = [thread.name for thread in threading.enumerate()]")
+        run(f"STORE, OUT, LONG_STEP = {str(tmp_path / 'cut')!r}, {str(tmp_path / 'cut-out')!r}, 3")
+        assert run(TRAINING_CELL, interrupt_at="in the middle") == ("in the middle\n", "KeyboardInterrupt")
+        printed, error = run(TRAINING_CELL)
+        assert error == ""
+        assert "resumed at step" in printed
+        assert run(TRAINING_CELL)[1] == "StoreLockedError"  # it is open, and nothing is wrong with it
+        assert run(LAST_CELL) == ("[]\n", "")
+        run(f"STORE, OUT, LONG_STEP = {str(tmp_path / 'whole')!r}, {str(tmp_path / 'whole-out')!r}, 9")
+        assert run(TRAINING_CELL)[1] == ""
+        assert run(LAST_CELL) == ("[]\n", "")
+        # While the kernel lives: the stores are nobody's.
+        for name in ("cut", "whole"):
+            model = fuyou.open_store_model(tmp_path / name, host_memory="32MiB")
+            assert model.fuyou.committed_step == 6
+            model.fuyou.close()
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    cut, whole = (LlamaForCausalLM.from_pretrained(tmp_path / f"{name}-out").state_dict() for name in ("cut", "whole"))
+    assert all(torch.equal(cut[name], whole[name]) for name in whole)
