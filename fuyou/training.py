@@ -28,6 +28,7 @@ from fuyou.packing import Packs, check_texts_apart, collate_packs, pack_rows
 from fuyou.progress import Reporter, RunStart, RunStatistics, RunSummary, StepReport
 from fuyou.recipe import Recipe, dump_recipe
 from fuyou.tokenizing import HuggingFaceTokenizer, load_tokenizer
+from io_engine import Store
 
 EXPORT_MARK = "fuyou-export.json"
 """File by which an exported folder is known as ours: it may be replaced by a newer export."""
@@ -119,12 +120,15 @@ def run_training(
     output = Path(recipe.output.dir).expanduser()
     if recipe.output.export:
         _check_export_folder(output / _export_name(recipe))
-    tokenizer, data = _load_data(recipe, reporter)
-    _measure_once(offload, reporter)
     try:
+        reporter.note("reading the rows")
+        tokenizer, data = _load_data(recipe, reporter)
+        _measure_once(offload, reporter)
+        if not Store.exists(offload.store_directories):
+            reporter.note(f"writing the model's weights to {offload.store_directories[0]}, once")
         model = open_model(recipe, resume=resume)
     except KeyboardInterrupt:
-        raise Interrupted("before the first step: run the same command again") from None
+        raise Interrupted("no step was begun; run the same command again") from None
     try:
         with model.fuyou:
             keep_tokenizer(tokenizer, model.generation_config, offload.store_directories[0])
@@ -340,13 +344,15 @@ class _Run:
             self._optimizer.zero_grad()
             metrics = self._model.fuyou.step_metrics()
             self._statistics.add(metrics)
-            if self._is_evaluated(step + 1, target):
-                if self._data.evaluation is not None:
-                    metrics["eval_loss"] = self._eval_after = self._evaluate(step + 1)
-                if self._samples:
-                    metrics["samples"] = self._sample(step + 1)
-                self._model.train()
-            metrics_file.write(metrics)
+            try:
+                if self._is_evaluated(step + 1, target):
+                    if self._data.evaluation is not None:
+                        metrics["eval_loss"] = self._eval_after = self._evaluate(step + 1)
+                    if self._samples:
+                        metrics["samples"] = self._sample(step + 1)
+                    self._model.train()
+            finally:  # the step was taken, even if its evaluation is interrupted
+                metrics_file.write(metrics)
             self._keep_checkpoint(step + 1)
             remaining = self._statistics.remaining_seconds(target.max_steps - step - 1)
             self._reporter.step(StepReport(step + 1, target.max_steps, metrics, remaining))

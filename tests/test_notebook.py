@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,8 @@ batches = torch.randint(128, (6, 2, 24))
 config = transformers.LlamaConfig(
     vocab_size=128, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4, attention_dropout=0.1
 )
-model = fuyou.from_config(config, offload=fuyou.OffloadConfig(store=STORE, host_memory="32MiB"), seed=1)
+offload = fuyou.OffloadConfig(store=STORE, host_memory="32MiB", durability="step")
+model = fuyou.from_config(config, offload=offload, seed=1)
 optimizer = fuyou.AdamW(model, lr=1e-3, max_grad_norm=0.5)
 
 
@@ -231,7 +233,7 @@ def test_an_interrupted_cell_can_be_run_again(tmp_path: Path) -> None:
         assert run(TRAINING_CELL, interrupt_at="in the middle") == ("in the middle\n", "KeyboardInterrupt")
         printed, error = run(TRAINING_CELL)
         assert error == ""
-        assert "resumed at step" in printed
+        assert re.search("resumed at step [23]", printed)  # the third may have been on its way to the drive
         assert run(TRAINING_CELL)[1] == "StoreLockedError"  # it is open, and nothing is wrong with it
         assert run(LAST_CELL) == ("[]\n", "")
         run(f"STORE, OUT, LONG_STEP = {str(tmp_path / 'whole')!r}, {str(tmp_path / 'whole-out')!r}, 9")

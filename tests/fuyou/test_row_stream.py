@@ -145,7 +145,7 @@ def test_digests_of_rows_stay_what_they_were() -> None:
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_killed_run_goes_on_with_the_next_row(tmp_path: Path, streaming: bool, capsys: Any) -> None:
     """The numbers of a run that was never stopped, with rows streamed in small windows, and with rows kept."""
-    options: dict[str, Any] = {"data__eval_fraction": None, "training__max_steps": 6}
+    options: dict[str, Any] = {"data__eval_fraction": None, "training__max_steps": 6, "offload__durability": "step"}
     options |= {"data__streaming": True, "data__shuffle_window": 5} if streaming else {}
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()

@@ -448,3 +448,29 @@ def test_the_best_model_of_a_run_that_was_killed(tmp_path: Path) -> None:
     assert fuyou.inspect_store(tmp_path / "other" / "store")["checkpoints"] == []
     with pytest.raises(fuyou.ConfigError, match="has not kept that step"):
         _train(tmp_path / "other", None, resume=True, **saves | {"load_best_model_at_end": True, "max_steps": 3})
+
+
+def test_push_to_hub_uploads_a_plain_model(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer uploads its folder; the hub is a stand-in that loads what it is given."""
+    uploaded: dict[str, Any] = {}
+
+    class Hub:
+        """What Trainer calls of the hub."""
+
+        def create_repo(self, name: str, **_: Any) -> Any:
+            """A repository of that name."""
+            return dataclasses.make_dataclass("Repository", ["repo_id"])(name)
+
+        def upload_folder(self, *, repo_id: str, folder_path: str, **_: Any) -> None:
+            """Take the folder."""
+            uploaded[repo_id] = AutoModelForCausalLM.from_pretrained(folder_path, dtype="auto").state_dict()
+
+    monkeypatch.setattr("transformers.trainer.hf_api", Hub)
+    optimizer = fuyou.AdamW(model, max_grad_norm=0.5)
+    changes = {"push_to_hub": True, "hub_model_id": "me/tiny", "max_steps": 1, "eval_strategy": "no"}
+    made = trainer(model, tmp_path / "out", optimizer, [fuyou.FuyouCallback()], **changes)
+    made.train()
+    made.push_to_hub()
+    model.save_pretrained(tmp_path / "end")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "end", dtype="auto").state_dict()
+    assert all(torch.equal(uploaded["me/tiny"][name], expected[name]) for name in expected)

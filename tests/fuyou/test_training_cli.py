@@ -509,3 +509,35 @@ def test_resume_that_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[st
     code, message = refused(capsys, recipe, "--set", "training.max_steps=1")
     assert code == 2
     assert "beyond this recipe's last step 1" in message
+
+
+BEFORE = "no step was begun; run the same command again"
+BEHIND = f"the store stands at step {NUM_STEPS}: run the same command to resume there"
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("fuyou.training.load_data", BEFORE),
+        ("fuyou.opening.random_blocks", BEFORE),
+        ("fuyou.opening.freeze", BEFORE),
+        ("fuyou.training.evaluate", BEHIND),
+        ("fuyou.runtime.export_checkpoint", BEHIND),
+    ],
+)
+def test_ctrl_c_outside_of_the_steps(
+    uninterrupted: Path, where: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While rows are read, the store is filled, the model is made, evaluated or exported: a message, and it goes on."""
+
+    def interrupted(*_args: Any, **_options: Any) -> None:
+        raise KeyboardInterrupt
+
+    recipe = write_recipe(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(where, interrupted)
+        assert train(recipe, *EVERY_STEP) == 130
+    assert capsys.readouterr().err == f"fuyou: interrupted: {said}\n"
+    assert train(recipe, *EVERY_STEP) == 0
+    assert same_numbers(metrics(tmp_path)) == same_numbers(metrics(uninterrupted))
+    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
