@@ -5,14 +5,14 @@ A run on a base has a store of its own, for its adapters; its manifest says whic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from fuyou.config import OffloadConfig
-from io_engine import Store, StoreError, StoreSnapshot
+from io_engine import Engine, Store, StoreError, StoreSnapshot
 from optim import ShardLayout
 
 SHARED = "shared"
@@ -92,8 +92,27 @@ def check_base(
         )
 
 
-def base_record(base: Store, layouts: Iterable[ShardLayout]) -> dict[str, Any]:
-    """What a run's manifest says of its base; the checksum is of the checksums of all weights."""
+def open_base(
+    directories: Sequence[Path], engine: Engine, layouts: Iterable[ShardLayout], found: StoreSnapshot | None
+) -> tuple[Store, dict[str, Any]]:
+    """A base, open for reading only, and what a run's manifest says of it; the caller closes it.
+
+    StoreError if it is not the one with which the run that was `found` began.
+    """
+    base = Store.open(directories, engine=engine, read_only=True)
+    try:
+        record = _record(base, layouts)
+        recorded = None if found is None else recorded_base(found.state, found.directories[0])
+        if found is not None and recorded is not None:
+            _check_unchanged(recorded, record, found.directories[0])
+    except BaseException:
+        base.close()
+        raise
+    return base, record
+
+
+def _record(base: Store, layouts: Iterable[ShardLayout]) -> dict[str, Any]:
+    """With a checksum of the checksums of all weights."""
     digest = xxhash.xxh3_64()
     checksums = base.checksums
     for name in sorted(layout.weight_name for layout in layouts):
@@ -101,8 +120,7 @@ def base_record(base: Store, layouts: Iterable[ShardLayout]) -> dict[str, Any]:
     return {"directories": list(base.directories), "uuid": base.uuid, "checksum": f"xxh3:{digest.hexdigest()}"}
 
 
-def check_unchanged(recorded: Mapping[str, Any], record: Mapping[str, Any], directory: str | Path) -> None:
-    """StoreError unless the base is the one with which the run began."""
+def _check_unchanged(recorded: Mapping[str, Any], record: Mapping[str, Any], directory: str) -> None:
     if recorded["uuid"] != record["uuid"]:
         what = f"is another store than the run in {directory} began with"
     elif recorded["checksum"] != record["checksum"]:

@@ -13,14 +13,7 @@ import torch
 from torch import nn
 
 from fuyou.adapters import adapter_layouts, host_bytes
-from fuyou.base_store import (
-    SHARED,
-    base_of_run,
-    base_record,
-    check_base,
-    check_unchanged,
-    recorded_base,
-)
+from fuyou.base_store import SHARED, base_of_run, check_base, open_base
 from fuyou.blocks import ModelBlocks, find_blocks, meta_model, shape_model
 from fuyou.building import (
     BlockWriter,
@@ -435,18 +428,15 @@ def _open(
 
     store: Store | None = None
     base: Store | None = None
+    record: dict[str, Any] = {}
     runtime: Runtime | None = None
     try:
         if base_directories is not None:
             if not _is_filled(holder):
                 with _open_or_create(base_directories, identity, engine) as made:
                     fill_store(made, _numerics(made, offload, seed, device), **{SHARED: True})
-            base = Store.open(base_directories, engine=engine, read_only=True)
+            base, record = open_base(base_directories, engine, layouts.values(), found)
             name_contents(base)
-            record = base_record(base, layouts.values())
-            recorded = None if found is None else recorded_base(found.state, directories[0])
-            if recorded is not None:
-                check_unchanged(recorded, record, directories[0])
         store = _open_or_create(directories, identity, engine)
         name_contents(store)
         numerics = _numerics(store, offload, seed, device)

@@ -132,6 +132,7 @@ model.fuyou.close()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(tmp_path: Path) -> None:
     """Both train on it; meanwhile nobody may open it to write, and each run's own store is its own."""
     model, optimizer = open_run(tmp_path, "here")

@@ -429,6 +429,7 @@ def test_the_best_model_is_there_at_the_end(tmp_path: Path) -> None:
         assert model.fuyou.committed_step == best + 1
 
 
+@pytest.mark.slow
 def test_the_best_model_of_a_run_that_was_killed(tmp_path: Path) -> None:
     """The best step lies before the crash: the resumed run has it at its end, too. Nothing is kept where nobody asked."""
     changes = BEST | {"eval_strategy": "steps"}
