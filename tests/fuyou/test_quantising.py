@@ -145,3 +145,24 @@ def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
             fuyou.from_config(config, offload=offload(tmp_path / "s", kind), trainable=["model.layers.2"])
     kinds = {s["name"]: s["weight_bytes"] for s in fuyou.inspect_store(tmp_path / "s")["shards"]}
     assert kinds["model.layers.0"] < kinds["model.layers.2"] / 3
+
+
+def test_a_base_in_4_bits_is_shared(tmp_path: Path) -> None:
+    """The losses of a run that holds the same quantised weights itself; a run that asks for others is refused."""
+    config = tiny_model_config("llama")
+    losses: dict[str, list[float]] = {}
+    for name, changes in (("own", {}), ("one", {"base": tmp_path / "base"}), ("two", {"base": tmp_path / "base"})):
+        model = adapted(
+            fuyou.from_config(config, offload=offload(tmp_path / name, "nf4", **changes), seed=7, trainable=())
+        )
+        optimizer = fuyou.AdamW(model, **OPTIONS)
+        losses[name] = []
+        with model.fuyou:
+            for micro_batches in tiny_batches(config, 2, 2, seed=3):
+                model(**joined(micro_batches)).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses[name].append(model.fuyou.step_metrics()["loss"])
+    assert losses["own"] == losses["one"] == losses["two"]
+    with pytest.raises(StoreError, match="frozen_dtype='nf4', this run asks for 'int8'"):
+        fuyou.from_config(config, offload=offload(tmp_path / "other", "int8", base=tmp_path / "base"))
