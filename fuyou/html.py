@@ -40,6 +40,7 @@ class StoreContents(dict[str, Any]):
     def _repr_html_(self) -> str:
         facts = [
             ("directories", ", ".join(self["directories"])),
+            *([("base", ", ".join(self["base"]["directories"]))] if self.get("base") else []),
             ("committed step", self["step"]),
             ("parameters", f"{self['num_parameters']:,}"),
             ("on the drive", format_bytes(self["size_bytes"])),

@@ -80,6 +80,7 @@ def test_two_runs_at_once_are_those_with_weights_of_their_own(tmp_path: Path) ->
         model, optimizer = open_run(tmp_path, f"own{rank}", None, rank)
         with model.fuyou:
             expected[rank] = [step(model, optimizer) for _ in range(4)], adapters(model)
+            assert model.fuyou.step_metrics()["bytes_read"] == 0  # all of the base is in host memory
             model.fuyou.export(str(tmp_path / f"merged-own{rank}"), merge=True)
 
     runs = {rank: open_run(tmp_path, f"run{rank}", "base", rank) for rank in (4, 2)}
@@ -96,6 +97,7 @@ def test_two_runs_at_once_are_those_with_weights_of_their_own(tmp_path: Path) ->
             assert "resumed at step 2" in model.fuyou.resumed
             assert f"base in {tmp_path / 'base'}" in model.fuyou.resumed
             losses[rank] += [step(model, optimizer) for _ in range(2)]
+            assert model.fuyou.step_metrics()["bytes_read"] == 0
             got = adapters(model)
             model.fuyou.export(str(tmp_path / f"merged{rank}"), merge=True)
         assert losses[rank] == expected[rank][0]
