@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -57,6 +58,8 @@ from io_engine import (
 )
 from io_engine.directories import make_directory
 from optim import OffloadedAdamW, ShardLayout
+
+_logger = logging.getLogger(__name__)
 
 
 def from_pretrained(
@@ -428,7 +431,8 @@ def _open(
             )
         numerics = _numerics(store, offload, seed, device)
         went_back = _go_back(store, offload.resume)
-        if not store.state.get("filled"):
+        holds_run = bool(store.state.get("filled"))
+        if not holds_run:
             _fill(store, engine, model, blocks, layouts, fill, numerics)
             resumed = f"new store in {directories[0]}, filled from {source}"
         else:
@@ -457,6 +461,9 @@ def _open(
             num_threads=numerics["num_threads"],
             resumed=resumed,
         )
+        if holds_run and offload.resume == "auto":
+            # What a cell that was run again must say; a warning, since nothing less is shown where nobody asked for more.
+            _logger.warning('%s (resume="auto"; "never" would refuse)', resumed)
         _load_generation_config(model, folder)
         if plan.gpu_memory_bytes is not None:
             # The promise: torch frees what it caches, or says that memory is used up, before it takes more.

@@ -162,8 +162,9 @@ class Runtime:
 
     def flush(self) -> None:
         """Block until every optimizer step taken is committed."""
-        with self._uninterrupted("flush()"):
-            if self.optimizer is not None:
+        self._check_usable()
+        if self.optimizer is not None:
+            with self._uninterrupted("flush()"):
                 self.optimizer.flush()
 
     def close(self) -> None:
@@ -743,6 +744,12 @@ class Runtime:
             self._weights.forget_resident()
         try:
             yield
+        except Exception:
+            raise
+        except BaseException:
+            # No update is at work, so that weights in memory are read again at most.
+            self._executor.let_weights_go()
+            raise
         finally:
             if ahead:
                 self._weights.forget_resident()
