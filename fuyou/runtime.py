@@ -33,7 +33,7 @@ from fuyou.executor.device import Device, make_device
 from fuyou.executor.ops import Op
 from fuyou.executor.step import ForwardRecord, Output, StepExecutor
 from fuyou.executor.weights import WeightStream
-from fuyou.exporting import NamesOnly, compare_state_dict, export_checkpoint
+from fuyou.exporting import NamesOnly, ReadBlock, compare_state_dict, export_checkpoint
 from fuyou.hardware import cached_hardware
 from fuyou.memory import MemoryMeter
 from fuyou.merging import merged_blocks, restore_adapters
@@ -274,9 +274,13 @@ class Runtime:
         and the model stay as they are.
         """
         self._see_added_parameters()
-        read: Callable[[Block], dict[str, torch.Tensor]] = self._copy_block
+        read: ReadBlock = self._block_on_host
         if merge:
-            read = merged_blocks(self._model, self.blocks, self._parameters, self._executor.bound_block)
+            merged = merged_blocks(self._model, self.blocks, self._parameters, self._executor.bound_block)
+
+            def read(block: Block) -> contextlib.AbstractContextManager[dict[str, torch.Tensor]]:
+                return contextlib.nullcontext(merged(block))
+
         with self._weights_of_last_step():
             export_checkpoint(self._model, self.blocks, read, folder)
 
@@ -520,7 +524,7 @@ class Runtime:
 
         def load_state_dict(state_dict: Mapping[str, torch.Tensor], strict: bool = True, assign: bool = False) -> Any:
             with self._weights_of_last_step():
-                return compare_state_dict(model, self.blocks, self._copy_block, state_dict, strict=strict)
+                return compare_state_dict(model, self.blocks, self._block_on_host, state_dict, strict=strict)
 
         replacements: dict[str, Callable[..., Any]] = {
             "forward": forward,
@@ -885,13 +889,9 @@ class Runtime:
                 save_traces(self.config.store_directories[0], self.trace.steps, self.predicted_step())
 
     @contextlib.contextmanager
-    def _block_on_host(self, name: str) -> Iterator[dict[str, torch.Tensor]]:
-        with self._weights.look(name) as flat:
-            yield {p.name: flat[p.start : p.stop].view(p.shape) for p in self.layouts[name].parameters}
-
-    def _copy_block(self, block: Block) -> dict[str, torch.Tensor]:
-        with self._block_on_host(block.name) as tensors:
-            return {name: tensor.clone() for name, tensor in tensors.items()}
+    def _block_on_host(self, block: Block) -> Iterator[dict[str, torch.Tensor]]:
+        with self._weights.look(block.name) as flat:
+            yield {p.name: flat[p.start : p.stop].view(p.shape) for p in self.layouts[block.name].parameters}
 
     def _cut_short(self) -> str | None:
         """What was interrupted in its middle, so that memory and store may disagree; None if nothing was."""

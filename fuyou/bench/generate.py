@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fuyou.bench import MIN_REPEATS, SHAPES, choose, existing_directory, llama, median_ratio, spread, take_turns
 from fuyou.bench.io import NUM_THREADS, Task, bare_calls, open_direct
+from fuyou.errors import ConfigError
 
 if TYPE_CHECKING:
     from io_engine import Extent
@@ -147,6 +148,10 @@ class _BareReads:
         for block in runtime.plan.blocks:
             if not block.weights_in_host:
                 self._requests += _requests(runtime.store.extent(runtime.layouts[block.name].weight_name))
+        if not self._requests:
+            raise ConfigError(
+                "bench generate: host memory holds all weights, so that nothing is read: lower --host-memory"
+            )
         self._requests *= num_token_steps
         self.num_bytes = sum(extent.num_bytes for extent in self._requests)
         self._folders: dict[str, list[Extent]] = {}
