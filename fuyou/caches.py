@@ -12,7 +12,7 @@ import torch
 def can_be_split(arguments: Mapping[str, Any]) -> bool:
     """Whether a forward pass reads prompts into an empty cache that grows, and gives nothing but the next token's logits.
 
-    Other passes (one token, caches of a fixed size or moved by transformers itself, hidden states asked for) run whole.
+    Other passes (one token, caches of a fixed size, hidden states asked for) run whole.
     """
     from transformers import DynamicCache
 
@@ -20,7 +20,6 @@ def can_be_split(arguments: Mapping[str, Any]) -> bool:
     wanted = ("output_hidden_states", "output_attentions", "output_router_logits", "labels")
     return (
         type(cache) is DynamicCache
-        and not cache.offloading
         and cache.get_seq_length() == 0
         and isinstance(ids, torch.Tensor)
         and ids.shape[1] > 1
@@ -43,13 +42,25 @@ def split(arguments: Mapping[str, Any], rows_at_once: int) -> list[dict[str, Any
         }
 
     return [
-        part(start) | {"past_key_values": copy.deepcopy(arguments["past_key_values"])}
+        part(start) | {"past_key_values": _empty_like(arguments["past_key_values"])}
         for start in range(0, rows, rows_at_once)
     ]
 
 
+def _empty_like(cache: Any) -> Any:
+    """Another cache of this kind; one whose layers wait in host memory brings them back on the same stream."""
+    other = copy.copy(cache)
+    other.layers = copy.deepcopy(cache.layers)
+    return other
+
+
 def join(cache: Any, parts: Sequence[Any]) -> None:
-    """Make an empty cache that of all texts, layer by layer; the parts' caches are emptied on the way."""
+    """Make an empty cache that of all texts, layer by layer; the parts' caches are emptied on the way.
+
+    Each layer's is where the parts have it: in host memory if it waits there, all but the first, which comes next.
+    """
+    if cache.offloading and torch.cuda.is_available():
+        torch.cuda.synchronize()  # layers may be on their way to the device, or from it
     layers = [list(part.layers) for part in parts]
     for part in parts:
         part.layers.clear()

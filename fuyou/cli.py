@@ -16,6 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from logging import ERROR, getLogger
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -326,7 +327,7 @@ def _bench_module(name: str) -> Any:
 
 SWITCH_SECONDS = 5e-4
 
-BENCHES = ("io", "adam", "optimizer", "step")
+BENCHES = ("io", "adam", "optimizer", "step", "generate")
 
 
 # ----------------------------------------------------------------------------------------------------- parser
@@ -607,3 +608,5 @@ def _quiet_libraries() -> None:
     if "TRANSFORMERS_VERBOSITY" not in os.environ:
         logging.set_verbosity_error()
     logging.disable_progress_bar()
+    # Which run is continued is said by the commands themselves.
+    getLogger("fuyou.opening").setLevel(ERROR)

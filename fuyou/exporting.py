@@ -6,6 +6,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +17,9 @@ from torch import nn
 from fuyou.blocks import Block, ModelBlocks
 from fuyou.errors import ModelError
 
+ReadBlock = Callable[[Block], AbstractContextManager[dict[str, torch.Tensor]]]
+"""Gives a block's parameters by name, in host memory, valid inside the context."""
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_FILE_NAME = "model.safetensors"
 
@@ -23,13 +27,12 @@ SINGLE_FILE_NAME = "model.safetensors"
 def export_checkpoint(
     model: nn.Module,
     blocks: ModelBlocks,
-    read_block: Callable[[Block], dict[str, torch.Tensor]],
+    read_block: ReadBlock,
     folder: str | os.PathLike[str],
 ) -> None:
     """Write the model to `folder` in transformers' format, holding one block in memory at a time; blocks until done.
 
-    `read_block` gives a block's parameters by name, in host memory; they are not used after the block was written. An
-    earlier export in the folder stays whole until the new index takes its place in one rename; its weight files are
+    An earlier export in the folder stays whole until the new index takes its place in one rename; its weight files are
     deleted then, other files of the folder stay. ModelError if `folder` is a file, OSError if it cannot be written.
     """
     path = Path(folder).expanduser()
@@ -44,15 +47,15 @@ def export_checkpoint(
     index = path / f".{INDEX_NAME}.partial"
     try:
         for block, name in zip(written, names, strict=True):
-            tensors = read_block(block)
-            if block is written[-1]:
-                tensors |= _persistent_buffers(model)
-            converted = _checkpoint_layout(model, tensors)
-            save_file(converted, path / name, metadata={"format": "pt"})
+            with read_block(block) as tensors:
+                if block is written[-1]:
+                    tensors = tensors | _persistent_buffers(model)
+                converted = _checkpoint_layout(model, tensors)
+                save_file(converted, path / name, metadata={"format": "pt"})
+                weight_map |= dict.fromkeys(converted, name)
+                total_bytes += sum(v.nbytes for v in converted.values())
+                del tensors, converted
             _make_durable(path / name)
-            weight_map |= dict.fromkeys(converted, name)
-            total_bytes += sum(v.nbytes for v in converted.values())
-            del tensors, converted
         content = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         index.write_text(json.dumps(content, indent=2) + "\n")
         _make_durable(index)
@@ -97,7 +100,7 @@ class NamesOnly(Mapping[str, Any]):
 def compare_state_dict(
     model: nn.Module,
     blocks: ModelBlocks,
-    read_block: Callable[[Block], dict[str, torch.Tensor]],
+    read_block: ReadBlock,
     state_dict: Mapping[str, torch.Tensor],
     *,
     strict: bool,
@@ -123,16 +126,17 @@ def compare_state_dict(
             f"(first: {[*missing, *unexpected][0]})"
         )
     for block in {id(homes[name]): homes[name] for name in state_dict if name in homes}.values():
-        own = _checkpoint_layout(model, read_block(block))
-        for name in own.keys() & state_dict.keys():
-            given = state_dict[name].cpu()
-            dtype = torch.promote_types(given.dtype, own[name].dtype)
-            if not torch.equal(given.to(dtype), own[name].to(dtype)):
-                raise ModelError(
-                    f"load_state_dict() of a streamed model: {name} differs from the store's, and the weights are those of the "
-                    "store. A run continues from its store by itself; fuyou.from_pretrained(folder, ...) with another store "
-                    "begins from other weights"
-                )
+        with read_block(block) as tensors:
+            own = _checkpoint_layout(model, tensors)
+            for name in own.keys() & state_dict.keys():
+                given = state_dict[name].cpu()
+                dtype = torch.promote_types(given.dtype, own[name].dtype)
+                if not torch.equal(given.to(dtype), own[name].to(dtype)):
+                    raise ModelError(
+                        f"load_state_dict() of a streamed model: {name} differs from the store's, and the weights are those of the "
+                        "store. A run continues from its store by itself; fuyou.from_pretrained(folder, ...) with another store "
+                        "begins from other weights"
+                    )
     return torch.nn.modules.module._IncompatibleKeys([], unexpected)  # the store has what is not given
 
 

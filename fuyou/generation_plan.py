@@ -23,10 +23,6 @@ LOGIT_COPIES = 4
 MAX_PREFILL_TOKENS = 16_384
 """Of the rows that run through a layer at once: more do not make its matrix products any faster."""
 
-SECONDS_PER_BLOCK = 1e-3
-"""What a block costs whatever its size: Python, kernels' starts, the switch to the schedule. 0.7 to 1.5 ms were measured
-with blocks of a few thousand parameters on two CPU cores that had other work, too."""
-
 
 @dataclasses.dataclass(frozen=True)
 class CacheShape:
@@ -273,7 +269,8 @@ def _seconds(
     hardware = machine.hardware
     step = {
         "ssd_read": read_bytes / hardware.read_bytes_per_second,
-        "gpu": len(model.shards) * SECONDS_PER_BLOCK + model.weight_bytes / machine.weight_bytes_per_second(rows),
+        "gpu": len(model.shards) * hardware.seconds_per_block
+        + model.weight_bytes / machine.weight_bytes_per_second(rows),
     }
     if hardware.link_bytes_per_second:
         step["h2d"] = (model.weight_bytes + moved_cache_bytes) / hardware.link_bytes_per_second

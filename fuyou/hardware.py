@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import json
 import os
+import statistics
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,6 +48,8 @@ class HardwareProfile:
     gpu_memory_bytes: int | None = None
     num_drives: int = 1
     """Whose rates together are those above."""
+    seconds_per_block: float = 1e-3
+    """What a block costs in a token step however small it is: Python, starts of kernels, the switch to the schedule."""
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
     """Where a number comes from, by field, if it was not measured here."""
 
@@ -135,6 +139,7 @@ def measure_hardware(directories: Directories, device: str, compute_dtype: str =
         link_bytes_per_second=0.0 if device == "cpu" else _measure_link(device),
         gpu_memory_bytes=None if device == "cpu" else _free_gpu_bytes(device),
         num_drives=len(paths),
+        seconds_per_block=_measure_block(paths[0], device, compute_dtype),
     )
     cache = _cache_file(paths, device, compute_dtype)
     # A cache that cannot be written costs a measurement the next time, nothing else.
@@ -187,6 +192,37 @@ def _measure_compute(device: str, compute_dtype: str) -> float:
         (a @ b).sum().item()
         best = min(best, time.perf_counter() - started)
     return 2.0 * a.shape[0] * n * n / best
+
+
+def _measure_block(directory: Path, device: str, compute_dtype: str) -> float:
+    """Of token steps of a streamed model whose layers are next to nothing, all in memory: the median, by its blocks."""
+    import torch
+    from transformers import LlamaConfig
+
+    import fuyou
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=16,
+        num_attention_heads=2,
+        tie_word_embeddings=False,
+    )
+    seconds: list[float] = []
+    with tempfile.TemporaryDirectory(prefix="fuyou-measure-", dir=directory) as folder:
+        options: dict[str, Any] = {"device": device, "compute_dtype": compute_dtype, "host_memory": "128MiB"}
+        model = fuyou.from_config(config, offload=fuyou.OffloadConfig(store=folder, **options), seed=0, trainable=())
+        with model.fuyou as runtime, torch.no_grad():
+            model.eval()
+            token, cache = torch.zeros((1, 1), dtype=torch.long, device=device), None
+            for _ in range(12):
+                started = time.perf_counter()
+                cache = model(input_ids=token, past_key_values=cache, use_cache=True).past_key_values
+                if device != "cpu":
+                    torch.cuda.synchronize(device)
+                seconds.append(time.perf_counter() - started)
+            return statistics.median(seconds) / len(runtime.plan.blocks)
 
 
 def _free_gpu_bytes(device: str) -> int:

@@ -70,8 +70,8 @@ def export_masters(store: Directories, folder: str | os.PathLike[str]) -> int:
     """
     with _parameters_of(store) as (model, reader, step):
 
-        def read_block(block: Block) -> _Values:
-            return {name: reader.read(name, "weight") for name in block.parameters}
+        def read_block(block: Block) -> contextlib.AbstractContextManager[_Values]:
+            return contextlib.nullcontext({name: reader.read(name, "weight") for name in block.parameters})
 
         export_checkpoint(model, find_blocks(model, reader.blocks_path), read_block, folder)
     return step

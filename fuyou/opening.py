@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -60,6 +61,8 @@ from io_engine import (
 )
 from io_engine.directories import make_directory
 from optim import OffloadedAdamW, ShardLayout
+
+_logger = logging.getLogger(__name__)
 
 
 def from_pretrained(
@@ -441,7 +444,8 @@ def _open(
         name_contents(store)
         numerics = _numerics(store, offload, seed, device)
         went_back = _go_back(store, offload.resume)
-        if _is_filled(store):
+        holds_run = _is_filled(store)
+        if holds_run:
             resumed = f"resumed at step {store.step} from {directories[0]}{went_back}"
         elif base is None:
             resumed = f"new store in {directories[0]}, filled from {source}"
@@ -484,6 +488,9 @@ def _open(
             resumed=resumed,
         )
         _opened[_key(directories[0])] = runtime
+        if holds_run and offload.resume == "auto":
+            # What a cell that was run again must say; a warning, since nothing less is shown where nobody asked for more.
+            _logger.warning('%s (resume="auto"; "never" would refuse)', resumed)
         _load_generation_config(model, folder)
         if plan.gpu_memory_bytes is not None:
             # The promise: torch frees what it caches, or says that memory is used up, before it takes more.

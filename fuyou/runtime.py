@@ -34,7 +34,7 @@ from fuyou.executor.device import Device, make_device
 from fuyou.executor.ops import Op
 from fuyou.executor.step import ForwardRecord, Output, StepExecutor
 from fuyou.executor.weights import WeightStream
-from fuyou.exporting import NamesOnly, compare_state_dict, export_checkpoint
+from fuyou.exporting import NamesOnly, ReadBlock, compare_state_dict, export_checkpoint
 from fuyou.hardware import cached_hardware
 from fuyou.memory import MemoryMeter
 from fuyou.merging import merged_blocks, restore_adapters
@@ -169,8 +169,9 @@ class Runtime:
 
     def flush(self) -> None:
         """Block until every optimizer step taken is committed."""
-        with self._uninterrupted("flush()"):
-            if self.optimizer is not None:
+        self._check_usable()
+        if self.optimizer is not None:
+            with self._uninterrupted("flush()"):
                 self.optimizer.flush()
 
     def close(self) -> None:
@@ -282,9 +283,13 @@ class Runtime:
         and the model stay as they are.
         """
         self._see_added_parameters()
-        read: Callable[[Block], dict[str, torch.Tensor]] = self._copy_block
+        read: ReadBlock = self._block_on_host
         if merge:
-            read = merged_blocks(self._model, self.blocks, self._parameters, self._executor.bound_block)
+            merged = merged_blocks(self._model, self.blocks, self._parameters, self._executor.bound_block)
+
+            def read(block: Block) -> contextlib.AbstractContextManager[dict[str, torch.Tensor]]:
+                return contextlib.nullcontext(merged(block))
+
         with self._weights_of_last_step():
             export_checkpoint(self._model, self.blocks, read, folder)
 
@@ -559,7 +564,7 @@ class Runtime:
             if name is not None:
                 self.restore_checkpoint(name)
             with self._weights_of_last_step():
-                return compare_state_dict(model, self.blocks, self._copy_block, state_dict, strict=strict)
+                return compare_state_dict(model, self.blocks, self._block_on_host, state_dict, strict=strict)
 
         replacements: dict[str, Callable[..., Any]] = {
             "forward": forward,
@@ -783,6 +788,12 @@ class Runtime:
             self._weights.forget_resident()
         try:
             yield
+        except Exception:
+            raise
+        except BaseException:
+            # No update is at work, so that weights in memory are read again at most.
+            self._executor.let_weights_go()
+            raise
         finally:
             if ahead:
                 self._weights.forget_resident()
@@ -918,13 +929,9 @@ class Runtime:
                 save_traces(self.config.store_directories[0], self.trace.steps, self.predicted_step())
 
     @contextlib.contextmanager
-    def _block_on_host(self, name: str) -> Iterator[dict[str, torch.Tensor]]:
-        with self._weights.look(name) as flat:
-            yield {p.name: flat[p.start : p.stop].view(p.shape) for p in self.layouts[name].parameters}
-
-    def _copy_block(self, block: Block) -> dict[str, torch.Tensor]:
-        with self._block_on_host(block.name) as tensors:
-            return {name: tensor.clone() for name, tensor in tensors.items()}
+    def _block_on_host(self, block: Block) -> Iterator[dict[str, torch.Tensor]]:
+        with self._weights.look(block.name) as flat:
+            yield {p.name: flat[p.start : p.stop].view(p.shape) for p in self.layouts[block.name].parameters}
 
     @property
     def cut_short(self) -> str | None:

@@ -12,6 +12,7 @@ from io_engine.choice import EngineChoice, choose_engine
 from io_engine.engine import Engine, Kind, Transfer
 from io_engine.errors import BudgetError, EngineError, StoreCorruptError, StoreError, StoreLockedError
 from io_engine.extents import ALIGNMENT_BYTES, Extent, round_up
+from io_engine.interrupts import InterruptsDeferred, move_now
 from io_engine.kvikio_engine import KvikioEngine
 from io_engine.layout import ExtentSpec
 from io_engine.mock_engine import MockEngine
@@ -33,6 +34,7 @@ __all__ = [
     "EngineError",
     "Extent",
     "ExtentSpec",
+    "InterruptsDeferred",
     "Kind",
     "KvikioEngine",
     "MockEngine",
@@ -47,6 +49,7 @@ __all__ = [
     "checksum",
     "choose_engine",
     "combine_checksums",
+    "move_now",
     "piece_digest",
     "probe_directory",
     "round_up",

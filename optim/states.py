@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from io_engine import BufferPool, ByteArray, Engine, Extent, Store, Transfer, combine_checksums, piece_digest
+from io_engine import BufferPool, ByteArray, Engine, Extent, Store, combine_checksums, move_now, piece_digest
 from optim import kernels
 from optim.kernels import AdamWScalars
 from optim.layout import ChunkViews, ParameterSlot, ShardLayout
@@ -159,7 +159,7 @@ class StateFiles:
                     staged = buffer.array[:num_bytes]
                     staged[:] = array
                     digests[name].append(piece_digest(staged))
-                    _finish(self._engine.write(self._store.extent(name, to_slot).sub(offset, num_bytes), staged))
+                    move_now(self._engine.write, self._store.extent(name, to_slot).sub(offset, num_bytes), staged)
         return {name: combine_checksums(pieces) for name, pieces in digests.items()}
 
     def _read_chunk(self, layout: ShardLayout, chunk: int, slot: int) -> tuple[npt.NDArray[Any], ByteArray]:
@@ -171,17 +171,8 @@ class StateFiles:
 
     def _read(self, extent: Extent) -> ByteArray:
         with self._records.acquire(extent.num_bytes) as buffer:
-            _finish(self._engine.read(extent, buffer.array[: extent.num_bytes]))
+            move_now(self._engine.read, extent, buffer.array[: extent.num_bytes])
             return buffer.array[: extent.num_bytes].copy()
-
-
-def _finish(transfer: Transfer) -> None:
-    """Block until a transfer has ended, by Ctrl-C too: its buffer goes back to the pool next."""
-    try:
-        transfer.wait()
-    finally:
-        if not transfer.done():
-            transfer.wait()
 
 
 def _overlap(layout: ShardLayout, parameter: ParameterSlot, chunk: int) -> tuple[slice, slice]:

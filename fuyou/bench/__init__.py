@@ -11,8 +11,17 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from fuyou.errors import ConfigError
+
+SHAPES = {  # hidden, intermediate, layers, heads; untied, a vocabulary of 256
+    "26M": (512, 1408, 8, 8),
+    "85M": (768, 2048, 12, 12),
+    "206M": (1024, 2816, 16, 16),
+    "567M": (1536, 4096, 20, 16),
+}
+"""Llamas that are measured with random weights."""
 
 MIN_REPEATS = 9
 """Turns of each contestant; fewer give medians that wander."""
@@ -27,6 +36,32 @@ def existing_directory(directory: str) -> str:
         what = "is not a directory" if os.path.exists(path) else "does not exist"
         raise ConfigError(f"{path} {what}: name an existing directory on the drive to measure")
     return path
+
+
+def llama(size: str, length: int) -> Any:
+    """The config of a Llama of one of the `SHAPES`, for texts of so many tokens."""
+    from transformers import LlamaConfig
+
+    hidden, intermediate, layers, heads = SHAPES[size]
+    return LlamaConfig(
+        vocab_size=256,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=max(2048, length),
+        tie_word_embeddings=False,
+    )
+
+
+def choose(device: str | None, compute_dtype: str | None) -> tuple[str, Any]:
+    """The device and the dtype to measure with: a GPU in bfloat16 if there is one, else the CPU in float32. ConfigError."""
+    import torch
+
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.startswith("cuda") and not torch.cuda.is_available():
+        raise ConfigError(f"--device {chosen}: torch {torch.__version__} sees no CUDA device; use --device cpu")
+    return chosen, compute_dtype or ("float32" if chosen == "cpu" else "bfloat16")
 
 
 def take_turns(

@@ -209,7 +209,7 @@ class _Bench:
                 for task in (Task("read", read), Task("write", write))
             ],
         }
-        self._descriptors = {path: _open(path, stack) for path in paths}
+        self._descriptors = {path: open_direct(path, stack) for path in paths}
 
     def measure(self, mode: str, num_rounds: int) -> dict[str, Any]:
         """Rates, ratios and costs of one mode."""
@@ -269,7 +269,7 @@ class _Bench:
                 tasks = iter([task for task in self._tasks[mode] if task.extent.path == path])  # shared by its threads
                 for _ in range(NUM_THREADS):
                     pair = list(itertools.islice(arrays, 2))
-                    calls.append(threads.submit(_bare_calls, self._descriptors[path], tasks, pair))
+                    calls.append(threads.submit(bare_calls, self._descriptors[path], tasks, pair))
             for call in calls:
                 call.result()
         if mode != "read":
@@ -308,7 +308,8 @@ class _Bench:
         return {"seconds": ends[-1], "num_bytes": num_bytes * len(ends), "bytes_per_second": rates}
 
 
-def _open(path: str, stack: contextlib.ExitStack) -> int:
+def open_direct(path: str, stack: contextlib.ExitStack) -> int:
+    """A descriptor for reading and writing past the page cache where that is possible, closed with `stack`."""
     flags = os.O_RDWR | os.O_CLOEXEC
     try:
         descriptor = os.open(path, flags | os.O_DIRECT)
@@ -318,7 +319,8 @@ def _open(path: str, stack: contextlib.ExitStack) -> int:
     return descriptor
 
 
-def _bare_calls(descriptor: int, tasks: Iterator[Task], arrays: Sequence[ByteArray]) -> None:
+def bare_calls(descriptor: int, tasks: Iterator[Task], arrays: Sequence[ByteArray]) -> None:
+    """Do the tasks that are left in one thread, by system calls on arrays taken in turn. OSError if one moves too little."""
     for array, (kind, extent) in zip(itertools.cycle(arrays), tasks, strict=False):
         view = array.data[: extent.num_bytes]
         move = os.preadv if kind == "read" else os.pwritev

@@ -15,20 +15,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fuyou.bench import MIN_REPEATS, median_ratio, spread, take_turns
-from fuyou.errors import ConfigError
+from fuyou.bench import MIN_REPEATS, SHAPES, choose, llama, median_ratio, spread, take_turns
 
 if TYPE_CHECKING:
     from io_engine import Extent, Transfer
 
 SUMMARY = "a training step beside its transfers alone, its compute alone, and torch in memory"
 
-SHAPES = {  # hidden, intermediate, layers, heads; untied, a vocabulary of 256
-    "26M": (512, 1408, 8, 8),
-    "85M": (768, 2048, 12, 12),
-    "206M": (1024, 2816, 16, 16),
-    "567M": (1536, 4096, 20, 16),
-}
 NUM_COPIES = 8
 COPY_BYTES = 16 << 20
 """Of a transfer of the limit; more of them under way than a step has."""
@@ -50,32 +43,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure; blocks for minutes. Makes stores in a temporary folder of the directory."""
-    import torch
-
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ConfigError(f"--device {device}: torch {torch.__version__} sees no CUDA device; use --device cpu")
-    dtype = options.compute_dtype or ("float32" if device == "cpu" else "bfloat16")
+    device, dtype = choose(options.device, options.compute_dtype)
     with tempfile.TemporaryDirectory(prefix="fuyou-bench-", dir=options.directory) as folder:
         return _measure(Path(folder), options, device, dtype)
 
 
 def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any) -> dict[str, Any]:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     import fuyou
 
-    hidden, intermediate, layers, heads = SHAPES[options.size]
-    config = LlamaConfig(
-        vocab_size=256,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=max(2048, options.length),
-        tie_word_embeddings=False,
-    )
+    config = llama(options.size, options.length)
     hardware = fuyou.measure_hardware(folder, device, dtype)
     ids = torch.randint(0, 256, (options.rows, options.length), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids.to(device), "labels": ids.to(device)}

@@ -12,7 +12,7 @@ import torch
 from fuyou.config import format_bytes
 from fuyou.errors import PlanError
 from fuyou.executor.device import Device, Ready, nothing_to_wait_for
-from io_engine import BudgetError, Buffer, BufferPool, Engine, Extent, Transfer, round_up
+from io_engine import BudgetError, Buffer, BufferPool, Engine, Extent, InterruptsDeferred, Transfer, round_up
 from io_engine.buffers import size_class_bytes
 
 
@@ -176,7 +176,8 @@ class ActivationStore:
         if saved.extent is not None:
             if saved.buffer is None:
                 saved.buffer = self._acquire(saved)
-                saved.transfer = self._engine.read(saved.extent, saved.buffer.array[: saved.num_bytes])
+                with InterruptsDeferred():
+                    saved.transfer = self._engine.read(saved.extent, saved.buffer.array[: saved.num_bytes])
             assert saved.transfer is not None
             saved.transfer.wait()
         saved.ready()
@@ -193,9 +194,10 @@ class ActivationStore:
                 needed = size_class_bytes(saved.num_bytes) + self._largest_upcoming
                 if self._pool.budget_bytes - self._pool.used_bytes < needed:
                     return
-                saved.buffer = self._pool.acquire(saved.num_bytes, block=False)
-                saved.transfer = self._engine.read(saved.extent, saved.buffer.array[: saved.num_bytes])
-                self._ahead[saved] = None
+                with InterruptsDeferred():
+                    saved.buffer = self._pool.acquire(saved.num_bytes, block=False)
+                    saved.transfer = self._engine.read(saved.extent, saved.buffer.array[: saved.num_bytes])
+                    self._ahead[saved] = None
             self._upcoming.popleft()
 
     def _acquire(self, saved: SavedTensor) -> Buffer:
@@ -232,8 +234,9 @@ class ActivationStore:
             # only between commits.
             place = self._scratch(f"activation/{saved.key}", 1 << (saved.num_bytes - 1).bit_length())
             self._places[saved.key] = place
-        saved.extent = place.sub(0, saved.num_bytes)
-        saved.transfer = self._engine.write(saved.extent, saved.buffer.array[: saved.num_bytes])
+        with InterruptsDeferred():
+            saved.extent = place.sub(0, saved.num_bytes)
+            saved.transfer = self._engine.write(saved.extent, saved.buffer.array[: saved.num_bytes])
         self.bytes_spilled += saved.num_bytes
         self._writing[saved] = None
 

@@ -863,10 +863,10 @@ class StepExecutor:
         if self._hub is not None:
             raise ModelError("the model is running already: a forward pass cannot be started inside another")
         self._plain_forward = self.adopted_forward or type(self._model).forward.__get__(self._model)
-        self._hub, self._training = greenlet.getcurrent(), record is not None
-        if record is not None:
-            self._record = record
         try:
+            self._hub, self._training = greenlet.getcurrent(), record is not None
+            if record is not None:
+                self._record = record
             with self._device.current():
                 yield
         except BaseException:
@@ -907,6 +907,13 @@ class StepExecutor:
             for shard in bound:
                 self._unbind(shard)
 
+    def let_weights_go(self) -> None:
+        """After a Ctrl-C, which may have come between taking weights and noting it; nothing may be running."""
+        while self._bound:
+            shard, _count = self._bound.popitem()[1]
+            self._placeholders(shard.layout)
+        self._weights.reset()
+
     def _bind(self, name: str) -> None:
         if name in self._bound:
             shard, count = self._bound[name]
@@ -926,8 +933,8 @@ class StepExecutor:
         if count > 1:
             self._bound[name] = (shard, count - 1)
             return
-        del self._bound[name]
         self._placeholders(shard.layout)
+        del self._bound[name]
         self._weights.release(shard)
 
     def _placeholders(self, layout: ShardLayout) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -17,11 +18,16 @@ import torch
 
 from fuyou.executor.device import Device, Ready, nothing_to_wait_for
 from fuyou.quantising import QuantisedLayout
-from io_engine import BudgetError, Buffer, BufferPool, Engine, Store, Transfer
+from io_engine import BudgetError, Buffer, BufferPool, Engine, InterruptsDeferred, Store, Transfer
 from optim import OffloadedAdamW, ShardLayout, UpdateJob
 
 NUM_ON_DEVICE = 3
 """Blocks whose weights have room on the device from the beginning."""
+
+_TRY_SECONDS = 0.5
+"""How long a wait for a buffer leaves a Ctrl-C unheard."""
+_PATIENCE_SECONDS = 300.0
+"""How long to wait for a buffer at all."""
 
 
 class LoadedShard:
@@ -107,7 +113,8 @@ class WeightStream:
         older than the last step. With `again` the same order will probably follow once more: its beginning is read ahead
         at its end.
         """
-        with self._lock:
+        # Ctrl-C comes when it is noted whose each buffer is, and what reads into it; so in `acquire`.
+        with InterruptsDeferred(), self._lock:
             order = list(visits)
             self._visits = deque([*order, *order[: self._prefetch_depth]] if again else order)
             soon = self._soon()
@@ -135,14 +142,12 @@ class WeightStream:
             if name in self._visits:
                 while (skipped := self._visits.popleft()) != name:
                     self._drop_prefetched(skipped)
-            shard = self._loaded.get(name) or self._start(name, block=True)
-            assert shard is not None
-            shard.num_references += 1
-            shard.prefetched = False
-            if name in self._resident:
-                self._update_resident(shard)
-            self._prefetch()
+        shard: LoadedShard | None = None
         try:
+            give_up_seconds = time.monotonic() + _PATIENCE_SECONDS
+            while shard is None:
+                with InterruptsDeferred():
+                    shard = self._refer_to(name, is_last_try=time.monotonic() > give_up_seconds)
             shard.wait()
             if shard.device_weights is None:
                 stored, shard.uploaded = self._device.upload_weights(shard.stored_tensor())
@@ -150,18 +155,56 @@ class WeightStream:
                 layout = shard.layout
                 shard.device_weights = layout.dequantise(stored) if isinstance(layout, QuantisedLayout) else stored
         except BaseException:
-            with self._lock:
-                shard.num_references -= 1
-                # Interrupted: the read may be under way, and the buffer must not go back before its end.
-                self._forget(shard)
+            if shard is not None:
+                with self._lock:
+                    shard.num_references -= 1
+                    # Interrupted: the read may be under way, and the buffer must not go back before its end.
+                    self._forget(shard)
             raise
         shard.num_computing += 1
         return shard
 
+    def _refer_to(self, name: str, *, is_last_try: bool) -> LoadedShard | None:
+        """The shard, its read begun, with one more reference; None after a while without a free buffer.
+
+        TimeoutError instead of None on the last try.
+        """
+        with self._lock:
+            shard = self._loaded.get(name) or self._start(name, block=True)
+            if shard is not None:
+                shard.num_references += 1
+                shard.prefetched = False
+                if name in self._resident:
+                    self._update_resident(shard)
+                self._prefetch()
+                return shard
+        # Not under the lock: buffers come back through `end_use`, which needs it.
+        try:
+            self._pool.acquire(self._layouts[name].weight_bytes, timeout_seconds=_TRY_SECONDS).release()
+        except TimeoutError:
+            if is_last_try:
+                raise
+        return None
+
     def release(self, shard: LoadedShard) -> None:
         """Give back what `acquire` gave; the last reference frees the buffer. From the thread that issues compute."""
-        self._let_device_go(shard)
-        self.end_use(shard)
+        with InterruptsDeferred():
+            self._let_device_go(shard)
+            self.end_use(shard)
+
+    def reset(self) -> None:
+        """Let go of everything, whoever was to give it back: a Ctrl-C may have come in between.
+
+        For when nobody computes with weights and no update works on them. From the thread that issues compute.
+        """
+        with self._lock:
+            self._visits.clear()
+            for shard in list(self._loaded.values()):
+                shard.num_references = shard.num_computing = 0
+                if shard.on_device is not None:
+                    self._device.release_weights(shard.on_device)
+                    shard.on_device = shard.device_weights = None
+                self._forget(shard)
 
     def end_use(self, shard: LoadedShard) -> None:
         """Give the reference of an update or a read back; the last one frees the buffer. From any thread."""
@@ -272,11 +315,8 @@ class WeightStream:
             return None
         # Without an optimizer, or where nothing is trained, the committed slot is the latest.
         slot = optimizer.slot_of(name) if optimizer is not None and optimizer.trains(name) else None
-        try:
-            buffer = self._acquire_buffer(layout, block)
-        except BudgetError:
-            if block:
-                raise
+        buffer = self._acquire_buffer(layout, block=block)
+        if buffer is None:
             return None
         shard = LoadedShard(layout, buffer)
         shard.prefetched = not block
@@ -288,23 +328,19 @@ class WeightStream:
             shard.job = optimizer.start_pending_update(name, shard.array, [shard.transfer], lambda: self.end_use(shard))
         return shard
 
-    def _acquire_buffer(self, layout: ShardLayout, block: bool) -> Buffer:
-        if not block:
+    def _acquire_buffer(self, layout: ShardLayout, *, block: bool) -> Buffer | None:
+        """None if there is none now; with `block`, what was read ahead of its turn makes room: it can be read again."""
+        try:
             return self._pool.acquire(layout.weight_bytes, block=False)
-        while True:
-            try:
-                return self._pool.acquire(layout.weight_bytes, block=False)
-            except BudgetError:
-                if layout.weight_bytes > self._pool.budget_bytes:
-                    raise
-                # What was read ahead of its turn is read again rather than waited for.
-                self._drop_prefetched()
-            # Buffers come back through `end_use`, which needs the lock.
-            self._lock.release()
-            try:
-                self._pool.acquire(layout.weight_bytes, timeout_seconds=300.0).release()
-            finally:
-                self._lock.acquire()
+        except BudgetError:
+            if not block:
+                return None
+            if layout.weight_bytes > self._pool.budget_bytes:
+                raise
+        self._drop_prefetched()
+        with contextlib.suppress(BudgetError):
+            return self._pool.acquire(layout.weight_bytes, block=False)
+        return None
 
     def _update_resident(self, shard: LoadedShard) -> None:
         """Begin the pending update of weights that stayed in memory."""

@@ -1,4 +1,4 @@
-"""`fuyou bench optimizer` and `fuyou bench step` on small things: what they report adds up."""
+"""`fuyou bench optimizer`, `step` and `generate` on small things: what they report adds up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import fuyou.bench.step
+import fuyou.bench.generate
 from fuyou.cli import main
 
 
@@ -30,7 +30,7 @@ def test_bench_optimizer(moment_dtype: str, bytes_per_parameter: float, tmp_path
 
 
 def test_bench_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setitem(fuyou.bench.step.SHAPES, "26M", (64, 128, 2, 2))
+    monkeypatch.setitem(fuyou.bench.SHAPES, "26M", (64, 128, 2, 2))
     arguments = [
         "--size",
         "26M",
@@ -55,3 +55,20 @@ def test_bench_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
     assert 0 <= found["bytes_read"] <= 16 * found["num_parameters"] + 2**16
     assert found["predicted_seconds"] > 0
     assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setitem(fuyou.bench.SHAPES, "26M", (256, 512, 6, 2))
+    small = ["--size", "26M", "--repeats", "3", "--device", "cpu", "--host-memory", "20MiB"]
+    assert main(["bench", "generate", str(tmp_path), *small, "--rows", "2", "--prompt", "5", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    # 4 B of each parameter are read for a token of both texts; what little is kept is counted.
+    assert 0.5 * 4 * found["num_parameters"] < found["planned_bytes_per_token_step"] < 4.1 * found["num_parameters"]
+    assert found["bytes_read_per_token_step"] == pytest.approx(found["planned_bytes_per_token_step"], rel=0.1)
+    limit, ours = found["limit"], found["generate"]
+    assert limit["bytes_per_second"] * limit["seconds"] == pytest.approx(4 * found["planned_bytes_per_token_step"])
+    assert found["ratio"] == pytest.approx(limit["seconds"] / ours["seconds"], rel=0.9)
+    assert found["tokens_per_second"] == pytest.approx(2 * 4 / ours["seconds"])
+    assert found["predicted_seconds"] == pytest.approx(ours["seconds"] * (1 + found["prediction_error"]))
+    assert list(tmp_path.iterdir()) == []
+    assert "a bare loop that reads the same bytes" in fuyou.bench.generate.describe(found)

@@ -33,7 +33,7 @@ def streamed_weights(model: Any) -> dict[str, torch.Tensor]:
     weights = {}
     for block in model.fuyou.blocks.blocks:
         if block.parameters:
-            with model.fuyou._block_on_host(block.name) as tensors:
+            with model.fuyou._block_on_host(block) as tensors:
                 weights |= {name: tensor.clone() for name, tensor in tensors.items()}
     return weights
 

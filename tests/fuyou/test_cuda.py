@@ -236,3 +236,24 @@ def test_outputs_equal_plain_transformers(tmp_path: Path) -> None:
         plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16).to("cuda").eval()
         expected = plain(**{key: value.to("cuda") for key, value in batch.items()})
         assert torch.equal(model(**batch).logits, expected.logits)
+
+
+@pytest.mark.parametrize("place", [None, "offloaded"])
+def test_tokens_equal_plain_transformers_wherever_keys_wait(place: str | None, tmp_path: Path) -> None:
+    """On the device or in host memory; prompts whole and in vertical micro-batches."""
+    from transformers import AutoModelForCausalLM
+
+    offload = fuyou.OffloadConfig(store=tmp_path / "store", device="cuda", compute_dtype="float32")
+    model = fuyou.from_config(tiny_model_config("llama"), offload=offload).eval()
+    ids = torch.randint(3, 128, (3, 12), generator=torch.Generator().manual_seed(1)).to("cuda")
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6}
+    with model.fuyou:
+        model.save_pretrained(tmp_path / "out")
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).to("cuda").eval()
+        for options in ({"do_sample": False}, {"do_sample": True, "top_k": 40}):
+            torch.manual_seed(4)
+            expected = plain.generate(**inputs, **options)
+            for rows_at_once in (None, 2):
+                model.fuyou.prefill_micro_batch_size = rows_at_once
+                torch.manual_seed(4)
+                assert torch.equal(model.generate(**inputs, **options, cache_implementation=place), expected)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import warnings
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,12 @@ def export(model: Any, folder: Path, fail_at: int | None = None) -> list[str]:
     weights = dict(model.named_parameters())
     asked: list[str] = []
 
-    def read_block(block: Block) -> dict[str, torch.Tensor]:
+    @contextlib.contextmanager
+    def read_block(block: Block) -> Iterator[dict[str, torch.Tensor]]:
         if len(asked) == fail_at:
             raise KeyboardInterrupt
         asked.append(block.name)
-        return {name: weights[name].detach().clone() for name in block.parameters}
+        yield {name: weights[name].detach().clone() for name in block.parameters}
 
     export_checkpoint(model, find_blocks(model), read_block, folder)
     return asked

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers.cache_utils import CacheLayerMixin
 from transformers.generation.streamers import BaseStreamer
 
 import fuyou
@@ -56,9 +60,10 @@ def tokens(model: Any, inputs: dict[str, torch.Tensor], seed: int = 4, **options
 
 
 # Every second here, the others in the slow tier.
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if i % 2 else n for i, n in enumerate(TINY_MODEL_NAMES)]
-)
+EVERY_SECOND = [pytest.param(n, marks=pytest.mark.slow) if i % 2 else n for i, n in enumerate(TINY_MODEL_NAMES)]
+
+
+@pytest.mark.parametrize("name", EVERY_SECOND)
 def test_tokens_equal_plain_transformers(name: str, tmp_path: Path) -> None:
     plain = saved(name, tmp_path / "plain")
     model = streamed(tmp_path / "plain", tmp_path / "store", name)
@@ -73,6 +78,25 @@ def test_tokens_equal_plain_transformers(name: str, tmp_path: Path) -> None:
                 drawn = torch.rand(1)
                 tokens(plain, prompts(side), **options)
                 assert torch.equal(torch.rand(1), drawn)
+        check_with_adapters(plain, model)
+
+
+def check_with_adapters(plain: Any, model: Any) -> None:
+    """The same with peft's adapters around both, which change the tokens."""
+    import peft
+
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    without = tokens(plain, prompts("left"), **GREEDY)
+    adapted = []
+    for base in (plain, model):
+        torch.manual_seed(2)
+        adapted.append(peft.get_peft_model(base, config).eval())
+    model.fuyou.prefill_micro_batch_size = 2
+    for side in ("left", "right"):
+        for options in (GREEDY, SAMPLED):
+            expected = tokens(adapted[0], prompts(side), **options)
+            assert torch.equal(tokens(adapted[1], prompts(side), **options), expected)
+    assert not torch.equal(tokens(adapted[0], prompts("left"), **GREEDY), without)
 
 
 def test_beam_sampling_several_answers_and_a_context_in_parts(tmp_path: Path) -> None:
@@ -280,6 +304,65 @@ def test_an_interrupted_generation_leaves_a_usable_model(tmp_path: Path) -> None
         assert torch.equal(tokens(model, inputs, **GREEDY), tokens(plain, inputs, **GREEDY))
 
 
+class InterruptAt:
+    """A trace function that sends Ctrl-C before one line of our own code, counted from the start of a call."""
+
+    OURS = tuple(str(Path(fuyou.__file__).parents[1] / folder) for folder in ("fuyou", "io_engine", "optim"))
+
+    def __init__(self, line: int | None) -> None:
+        self.line, self.num_lines, self.place = line, 0, ""
+
+    def __call__(self, frame: Any, event: str, _arg: Any) -> Any:
+        if not frame.f_code.co_filename.startswith(self.OURS):
+            return None
+        if event == "line":
+            self.num_lines += 1
+            if self.num_lines - 1 == self.line:
+                self.place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+                signal.raise_signal(signal.SIGINT)
+        return self
+
+
+@pytest.mark.parametrize("every", [197, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+def test_ctrl_c_at_any_line_leaves_a_usable_model(every: int, tmp_path: Path) -> None:
+    """Also inside engine.read: no buffer is lost, and none is given to somebody else while something reads into it."""
+    model = opened(tmp_path / "store")
+    ids = torch.arange(8).reshape(2, 4)
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        return found
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with model.fuyou as runtime:
+            (pool,) = (pool for pool in runtime._pools if pool.name == "weights")
+            expected = logits()
+            line = 0
+            while True:
+                interrupt = InterruptAt(line)
+                sys.settrace(interrupt)
+                try:
+                    logits()
+                    assert not interrupt.place
+                    break  # that many lines it has not
+                except KeyboardInterrupt:
+                    assert interrupt.place
+                finally:
+                    sys.settrace(None)
+                line += every
+                assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, interrupt.place
+                deadline = time.monotonic() + 10
+                while pool.used_bytes and time.monotonic() < deadline:
+                    time.sleep(1e-3)  # reads under way
+                assert pool.used_bytes == 0, interrupt.place
+                assert torch.equal(logits(), expected), interrupt.place
+            assert line > 2000
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_memory_stays_at_the_plans_while_generating(tmp_path: Path) -> None:
     """A model of 42 MiB within a budget of 32."""
     config = LlamaConfig(**big_config().to_dict() | {"hidden_size": 512, "intermediate_size": 1024,
@@ -295,3 +378,58 @@ def test_memory_stays_at_the_plans_while_generating(tmp_path: Path) -> None:
         model.generate(torch.full((2, 4), 7), max_new_tokens=12, do_sample=False)
         assert runtime._meter.take_peak() <= 32 * 2**20
         assert anonymous_bytes() - before < 4 * 2**20
+
+
+# ------------------------------------------------------------------------------------- keys and values in host memory
+
+
+class PlayedStream:
+    """A stream of a device whose work is done at once."""
+
+    def wait_stream(self, _other: Any) -> None: ...
+
+    def __enter__(self) -> PlayedStream:
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+HOST = torch.float64
+"""The played device computes in float32, and cannot with what waits in host memory until it was brought back."""
+
+
+@pytest.fixture
+def layers_on_device(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """transformers' offloaded cache on the CPU; how many layers' keys are on the device at once, most of them ever."""
+    present: set[int] = set()
+    most = [0]
+
+    def move(layer: Any, dtype: torch.dtype) -> None:
+        if layer.is_initialized:
+            layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
+            (present.discard if dtype == HOST else present.add)(id(layer))
+            most[0] = max(most[0], len(present))
+
+    monkeypatch.setattr(CacheLayerMixin, "offload", lambda layer: move(layer, HOST))
+    monkeypatch.setattr(CacheLayerMixin, "prefetch", lambda layer: move(layer, torch.float32))
+    monkeypatch.setattr(torch, "Stream", PlayedStream)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda _device: PlayedStream())
+    return most
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_tokens_are_the_same_with_keys_in_host_memory(name: str, layers_on_device: list[int], tmp_path: Path) -> None:
+    """Prompts whole and in vertical micro-batches, windows that stay on the device (gemma2) or not."""
+    plain = saved(name, tmp_path / "plain")
+    model = streamed(tmp_path / "plain", tmp_path / "store", name)
+    with model.fuyou:
+        for options in (GREEDY, SAMPLED):
+            expected = tokens(plain, prompts("left"), **options)
+            assert layers_on_device == [0]
+            for rows_at_once in (None, 2):
+                model.fuyou.prefill_micro_batch_size = rows_at_once
+                found = tokens(model, prompts("left"), **options, cache_implementation="offloaded")
+                assert torch.equal(found, expected)
+                # One is computed with, one comes next; each part of the prompts has its own first layer there.
+                assert 0 < layers_on_device[0] <= (2 if rows_at_once is None else 4)
+                layers_on_device[0] = 0

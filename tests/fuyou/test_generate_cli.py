@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import fuyou
 from fuyou.cli import main
+from fuyou.errors import PlanError
+from fuyou.generation import default_offload, plan_generation
+from fuyou.generation_plan import Demand
 from fuyou.inference import find_source, opened
+from fuyou.memory import MemoryMeter
 from tests.fuyou.command_line import train, write_recipe
 from tests.fuyou.test_generate import GREEDY, letter, letters, saved
 
@@ -294,3 +301,57 @@ def test_letters_round_trip() -> None:
     """The tokenizer of these tests gives one token a letter."""
     assert letters()("abc")["input_ids"] == [97, 98, 99]
     assert letters().decode([97, 5]) == "a" + letter(5)
+
+
+# ---------------------------------------------------------------------------------------------------------- memory
+
+
+@pytest.fixture(scope="module")
+def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with positions for a million tokens, whose cache takes 8 KiB a token."""
+    path = tmp_path_factory.mktemp("long") / "plain"
+    shape = {"vocab_size": 128, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
+             "num_attention_heads": 4}  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**shape, max_position_embeddings=2**20)).save_pretrained(path)
+    letters().save_pretrained(path)
+    return path
+
+
+def test_a_context_too_long_for_the_budget_is_refused_before_anything_starts(
+    long_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the number that fits: so many do, one more does not."""
+    arguments = ["--prompt", "abc", "--no-chat", "--temporary", str(tmp_path), "--max-new-tokens"]
+    assert run(long_folder, *arguments, "1000000") == 3
+    said = capsys.readouterr().err
+    match = re.search(r"(\d+) tokens fit: set --max-new-tokens to (\d+) or less", said)
+    assert match is not None, said
+    total, most = map(int, match.groups())
+    assert total == most + 3
+    assert not list(tmp_path.iterdir())
+    source = find_source(str(long_folder))
+    offload = default_offload(source, device="cpu", host_memory="64MiB")
+    for new_tokens, fits in ((most, True), (most + 1, False)):
+        with contextlib.nullcontext() if fits else pytest.raises(PlanError):
+            plan = plan_generation(source, Demand(1, 3, new_tokens), offload, batch_size=None, say=lambda _line: None)
+            assert plan.cache_bytes > 2**24
+
+
+def test_memory_stays_within_the_budget_of_cache_and_weights_together(
+    long_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """12 texts of 200 tokens: 24 MiB of keys and values and of what computes with them, beside weights."""
+    (tmp_path / "p.txt").write_text("\n".join(["abcdefghij" * 19] * 12))
+    offload = fuyou.OffloadConfig(store=tmp_path / "store", device="cpu", compute_dtype="float32", host_memory="1GiB")
+    fuyou.from_pretrained(long_folder, offload=offload, trainable=()).fuyou.close()
+    arguments = ["--prompts", str(tmp_path / "p.txt"), "--no-chat", "--max-new-tokens", "10", "--batch-size", "12"]
+    peaks = []
+    for _ in range(2):  # the first brings in what is imported late
+        gc.collect()
+        meter = MemoryMeter()
+        found = as_json(capsys, tmp_path / "store", *arguments, "--tokenizer", str(long_folder))
+        peaks.append(meter.take_peak())
+        meter.close()
+    assert found["plan"]["cache_bytes"] > 2**24
+    assert peaks[-1] < 64 * 2**20

@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+import fuyou
 from fuyou.memory import MemoryMeter, anonymous_bytes, return_freed_memory
 
 MIB = 2**20
@@ -196,6 +199,72 @@ def test_peak_does_not_grow_with_layers(run: Any, tmp_path: Path) -> None:
     assert peaks[1] - peaks[0] <= 16 * MIB
 
 
+EXPORT = """
+import json, sys, threading, time
+import torch, transformers
+from transformers import LlamaForCausalLM
+import fuyou, fuyou.opening, fuyou.master_export
+from fuyou.cli import main
+from fuyou.memory import anonymous_bytes
+
+start, peak, stop = anonymous_bytes(), 0, threading.Event()
+
+def sample():
+    global peak
+    while not stop.is_set():
+        peak = max(peak, anonymous_bytes())
+        time.sleep(0.002)
+
+sampler = threading.Thread(target=sample)
+sampler.start()
+try:
+    code = main(["export", *sys.argv[1:], "--json"])
+finally:
+    stop.set()
+    sampler.join()
+assert code == 0
+print(json.dumps({"peak": peak - start}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("tiny", 100e6), pytest.param("567M", 300e6, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])],
+)
+def test_peak_of_an_export(name: str, most: float, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """One block above the start, whatever memory there is; loaded by plain transformers the logits are the same."""
+    hidden, intermediate, layers, heads = SHAPES.get(name, (256, 512, 4, 4))
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        tie_word_embeddings=False,
+        max_position_embeddings=64,
+    )
+    offload = fuyou.OffloadConfig(store=tmp_path / "store", device="cpu", host_memory="2GiB")
+    ids = torch.arange(8)[None]
+    streamed: Any = fuyou.from_config(config, offload=offload, seed=1, trainable=())
+    with streamed.fuyou, torch.no_grad():
+        expected = streamed.eval()(input_ids=ids).logits
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", EXPORT, str(tmp_path / "store"), str(tmp_path / "out")],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    peak = json.loads(done.stdout.splitlines()[-1])["peak"]
+    request.node.add_report_section("call", "memory", f"peak {peak / 1e6:.0f} MB above the start\n")  # pytest -rA
+    assert peak < most
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    with torch.no_grad():
+        assert torch.equal(plain(input_ids=ids).logits, expected)
+
+
 def test_meter_sees_a_peak_that_is_over() -> None:
     meter = MemoryMeter()
     try:
@@ -218,8 +287,6 @@ def test_freed_memory_goes_back() -> None:
     """Blocks of 1 MiB and more are no part of the heap that only grows."""
     if not return_freed_memory():
         pytest.skip("the C library is not glibc: it has no mallopt")
-    import torch
-
     before = anonymous_bytes()
     kept = []
     for _ in range(40):

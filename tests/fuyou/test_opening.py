@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import os
@@ -166,6 +167,46 @@ def test_a_full_drive_when_the_states_are_laid_out(small_drive: Any) -> None:
         optimizer.step()
     assert fuyou.verify_store(drive / "store") == []
     assert fuyou.inspect_store(drive / "store")["step"] == 1
+
+
+def test_a_full_drive_in_the_middle_of_a_run(small_drive: Any, tmp_path: Path) -> None:
+    """A commit needs no room but for a manifest that grows: then the step is not committed, and with room the run goes on."""
+    todo = batches(5)
+
+    def train(store: Path, until: int, before_step: Any = lambda _step: None) -> list[float]:
+        model = open_model(store)
+        losses = []
+        with model.fuyou:
+            optimizer = fuyou.AdamW(model, lr=1e-2, max_grad_norm=0.5)
+            while optimizer.step_count < until:
+                before_step(optimizer.step_count)
+                optimizer.commit_extra({"grows": "x" * 6000 * max(0, optimizer.step_count - 2)})
+                loss = model(**todo[optimizer.step_count]).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+        return losses
+
+    drive = small_drive(16)
+    filler = drive / "filler"
+
+    def fill(step: int) -> None:
+        if step >= 2:
+            # Until nothing more goes in: a tmpfs counts roughly.
+            with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
+                while file.write(bytes(4096)):
+                    pass
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        train(drive / "store", 5, fill)
+    assert caught.value.errno == errno.ENOSPC
+    assert str(drive) in str(caught.value)
+    committed = Store.peek(drive / "store").step
+    assert committed in (2, 3)
+    filler.unlink()
+    assert train(drive / "store", 5) == train(tmp_path / "other", 5)[committed:]
+    assert fuyou.verify_store(drive / "store") == []
 
 
 # --- locks, threads, memory ----------------------------------------------------------------------------------------------

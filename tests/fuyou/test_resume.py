@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import logging
 import os
 import shutil
 import signal
@@ -203,13 +204,19 @@ def other_seed(store: Path) -> Any:
     [
         (other_model, StoreError, "another model"),
         (lambda s: open_model(s, compute_dtype="float32"), StoreError, "compute_dtype='bfloat16'"),
-        (lambda s: open_model(s, micro_batch_size=1), fuyou.ConfigError, "micro_batch_size=1 conflicts"),
-        (other_seed, fuyou.ConfigError, f"seed={SEED + 1} conflicts"),
+        (lambda s: open_model(s, moment_dtype="int8"), StoreError, "moment_dtype='float32', this run asks for 'int8'"),
+        (lambda s: open_model(s, frozen_dtype="nf4"), StoreError, "frozen_dtype='bfloat16', this run asks for 'nf4'"),
+        (
+            lambda s: open_model(s, micro_batch_size=1),
+            fuyou.ConfigError,
+            "=1 conflicts with the run's micro_batch_size=2",
+        ),
+        (other_seed, fuyou.ConfigError, f"seed={SEED + 1} conflicts with the run's seed={SEED}"),
         (lambda s: open_model(s, resume="never"), StoreError, 'resume="never"'),
         (lambda s: open_model(s, resume=1), StoreError, "stands at step 2"),
         (lambda s: open_model(s, host_memory="1MiB"), fuyou.PlanError, "short"),
     ],
-    ids=["model", "compute_dtype", "micro_batch_size", "seed", "never", "step", "host_memory"],
+    ids=["model", "compute_dtype", "moments", "frozen", "micro_batch_size", "seed", "never", "step", "host_memory"],
 )
 def test_a_store_that_does_not_fit_is_refused_and_left_alone(
     call: Callable[[Path], Any], error: type[Exception], message: str, trained: Path
@@ -222,6 +229,29 @@ def test_a_store_that_does_not_fit_is_refused_and_left_alone(
     model = open_model(trained, resume=2)
     with model.fuyou:
         assert model.fuyou.committed_step == 2
+
+
+def test_what_a_crash_left_is_named_and_gone(trained: Path) -> None:
+    """Files that are none of ours are neither."""
+    for name in ("scratch-0.bin", "extents-9.bin", "mine.bin"):
+        (trained / name).write_bytes(bytes(4096))
+    model = open_model(trained)
+    model.fuyou.close()
+    assert "removed scratch-0.bin of an unfinished run" in model.fuyou.resumed
+    assert "removed extents-9.bin of an unfinished run" in model.fuyou.resumed
+    assert "mine" not in model.fuyou.resumed
+    assert sorted(path.name for path in trained.glob("*.bin") if not path.name.startswith("extents-")) == ["mine.bin"]
+
+
+def test_the_same_cell_again_says_that_it_continues(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As a notebook's that opens the model and trains; where nothing is set up, Python prints warnings of loggers."""
+    caplog.set_level(logging.WARNING, "fuyou.opening")
+    train(tmp_path / "store", None, until=1, on_step=lambda *_: None)
+    assert caplog.messages == []
+    train(tmp_path / "store", None, until=2, on_step=lambda *_: None)
+    assert f"resumed at step 1 from {tmp_path / 'store'}" in "".join(caplog.messages)
+    train(tmp_path / "store", None, until=2, on_step=lambda *_: None, resume="must")
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize("resume", ["must", 0, 3])

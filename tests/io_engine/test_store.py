@@ -437,12 +437,16 @@ def test_missing_and_truncated_data_files(tmp_path: Path, posix: PosixEngine) ->
             Store.open(folder, engine=posix)
 
 
-def test_a_store_of_another_format_is_refused(tmp_path: Path, posix: PosixEngine) -> None:
+@pytest.mark.parametrize(("name", "known"), [("manifest.json", "versions 1 to 2"), ("store-id.json", "version 1")])
+def test_a_store_of_a_later_version_is_refused(name: str, known: str, tmp_path: Path, posix: PosixEngine) -> None:
+    """And left as it is: the program that wrote it can still read it."""
     folder = tmp_path / "s"
     _committed_store(folder, posix, num_bytes=PAGE)
-    _put_body(folder / "manifest.json", _body(folder / "manifest.json")[1] | {"version": 3})
-    with pytest.raises(StoreError, match="format version 3, this program reads versions 1 to 2"):
+    _put_body(folder / name, _body(folder / name)[1] | {"version": 3})
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lock"}
+    with pytest.raises(StoreError, match=f"format version 3, this program reads {known}"):
         Store.open(folder, engine=posix)
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lock"} == before
 
 
 def test_delete_takes_exactly_its_own_files(tmp_path: Path, posix: PosixEngine) -> None:
