@@ -78,7 +78,7 @@ class TokenRows:
         """A digest of all rows: equal for equal data."""
         digest = xxhash.xxh3_64()
         for array in (self.tokens, self.learned, self.starts):
-            digest.update(memoryview(array))
+            digest.update(array.data)
         return f"xxh3:{digest.hexdigest()}"
 
 
