@@ -17,7 +17,7 @@ import torch
 import fuyou
 from fuyou.cli import main
 from fuyou.recipe import load_recipe
-from fuyou.training import evaluate, make_scheduler
+from fuyou.training import EXPORT_MARK, evaluate, make_scheduler
 from tests.fuyou.command_line import (
     NUM_STEPS,
     TINY_LLAMA,
@@ -540,4 +540,4 @@ def test_ctrl_c_outside_of_the_steps(
     assert capsys.readouterr().err == f"fuyou: interrupted: {said}\n"
     assert train(recipe, *EVERY_STEP) == 0
     assert same_numbers(metrics(tmp_path)) == same_numbers(metrics(uninterrupted))
-    assert (tmp_path / "out" / "model" / "model.safetensors").exists()
+    assert (tmp_path / "out" / "model" / EXPORT_MARK).exists()
