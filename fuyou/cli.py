@@ -528,7 +528,8 @@ def _report(error: BaseException, *, interrupted: bool) -> int:
     # An interruption may surface as another error of what it interrupted; it is an interruption all the same.
     if interrupted or isinstance(error, KeyboardInterrupt):
         said = str(error) if isinstance(error, KeyboardInterrupt) else ""
-        _complain(f"interrupted{': ' if said else ''}{said}")
+        # Over the terminal's own ^C.
+        _complain(f"interrupted{': ' if said else ''}{said}", start="\r" if sys.stderr.isatty() else "")
         return EXIT_INTERRUPTED
     code, message = _explain(error)
     _complain(f"error: {message}")
@@ -559,10 +560,10 @@ def _explain(error: BaseException) -> tuple[int, str]:
     )
 
 
-def _complain(message: str) -> None:
+def _complain(message: str, *, start: str = "") -> None:
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-        sys.stderr.write(f"fuyou: {message}\n")
+        sys.stderr.write(f"{start}fuyou: {message}\n")
         sys.stderr.flush()
 
 
