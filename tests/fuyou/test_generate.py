@@ -425,7 +425,7 @@ def layers_on_device(monkeypatch: pytest.MonkeyPatch) -> Layers:
     return layers
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_tokens_are_the_same_with_keys_in_host_memory(name: str, layers_on_device: Layers, tmp_path: Path) -> None:
     """Prompts whole and in vertical micro-batches, windows that stay on the device (gemma2) or not."""
     plain = saved(name, tmp_path / "plain")
