@@ -85,6 +85,7 @@ class GenerationPlan:
     """The rest of the budget, which is planned for weights as in training."""
     read_bytes_per_token_step: int
     predicted_prefill_seconds: float
+    """Of the first batch."""
     predicted_seconds_per_token_step: float
     predicted_tokens_per_second: float
     """Of new tokens, prompts included in the time."""
@@ -223,9 +224,11 @@ def _candidate(model: _Model, demand: Demand, machine: Machine, rows: int, compu
         micro_batch = (micro_batch + 1) // 2
     read = sum(b.weight_bytes for b in weights.blocks if not b.weights_in_host)
     seconds, prefill, lane = _seconds(model, demand, machine, rows, read, cache_bytes if tier == "host" else 0)
+    # Weights that stay in memory come in with the first batch.
+    first = max(prefill, model.weight_bytes / machine.hardware.read_bytes_per_second)
     batches = -(-demand.num_texts // rows)
     new_tokens = demand.num_texts * demand.new_tokens
-    total = batches * (prefill + max(0, demand.new_tokens - 1) * seconds)
+    total = first + (batches - 1) * prefill + batches * max(0, demand.new_tokens - 1) * seconds
     return GenerationPlan(
         batch_size=rows,
         micro_batch_size=micro_batch,
@@ -234,7 +237,7 @@ def _candidate(model: _Model, demand: Demand, machine: Machine, rows: int, compu
         reserve_bytes=reserve,
         weights_host_bytes=machine.host_memory_bytes - reserve,
         read_bytes_per_token_step=read,
-        predicted_prefill_seconds=prefill,
+        predicted_prefill_seconds=first,
         predicted_seconds_per_token_step=seconds,
         predicted_tokens_per_second=new_tokens / total,
         limiting_lane=lane,

@@ -79,7 +79,7 @@ class HardwareProfile:
             elif name.endswith("_per_second"):
                 text = f"{value:.3g}/s"
             else:
-                text = str(value)
+                text = f"{value:.3g}" if isinstance(value, float) else str(value)
             source = self.sources.get(name)
             rows.append((name, f"{text} ({source})" if source else text))
         return table([f"hardware of {self.device}", self.io_reason], rows)

@@ -4,7 +4,8 @@ Every engine promises the same, and one contract suite (tests/io_engine/test_eng
 `read` and `write` return at once; the array belongs to the transfer until it is done (do not read a read's
 array, do not change a write's array before `wait()`); transfers may complete in any order, so two that
 overlap on disk need a wait between; a completed write is readable at once, and survives a power loss only
-after `sync`.
+after `sync`. In the main thread, where a Ctrl-C may come between the start of a transfer and the note of it,
+`io_engine.interrupts` lets it wait.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import pytest
 
 import fuyou.bench.generate
 from fuyou.cli import main
+from fuyou.hardware import cached_hardware
 
 
 @pytest.mark.parametrize(("moment_dtype", "bytes_per_parameter"), [("float32", 24.0), ("int8", 12.06)])
@@ -71,4 +72,7 @@ def test_bench_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert found["tokens_per_second"] == pytest.approx(2 * 4 / ours["seconds"])
     assert found["predicted_seconds"] == pytest.approx(ours["seconds"] * (1 + found["prediction_error"]))
     assert list(tmp_path.iterdir()) == []
+    hardware = cached_hardware(tmp_path, "cpu", "float32")
+    assert hardware is not None
+    assert 0 < hardware.seconds_per_block < found["predicted_seconds"]
     assert "a bare loop that reads the same bytes" in fuyou.bench.generate.describe(found)

@@ -63,6 +63,8 @@ def tokens(model: Any, inputs: dict[str, torch.Tensor], seed: int = 4, **options
 EVERY_SECOND = [pytest.param(n, marks=pytest.mark.slow) if i % 2 else n for i, n in enumerate(TINY_MODEL_NAMES)]
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # peft's own, for fused experts
 @pytest.mark.parametrize("name", EVERY_SECOND)
 def test_tokens_equal_plain_transformers(name: str, tmp_path: Path) -> None:
     plain = saved(name, tmp_path / "plain")
@@ -398,38 +400,45 @@ HOST = torch.float64
 """The played device computes in float32, and cannot with what waits in host memory until it was brought back."""
 
 
-@pytest.fixture
-def layers_on_device(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """transformers' offloaded cache on the CPU; how many layers' keys are on the device at once, most of them ever."""
-    present: set[int] = set()
-    most = [0]
+class Layers:
+    """Which layers' keys were brought back to the played device, and how many of them were there at once at most."""
 
-    def move(layer: Any, dtype: torch.dtype) -> None:
+    def __init__(self) -> None:
+        self.present: set[int] = set()
+        self.most = 0
+
+    def move(self, layer: Any, dtype: torch.dtype) -> None:
         if layer.is_initialized:
             layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
-            (present.discard if dtype == HOST else present.add)(id(layer))
-            most[0] = max(most[0], len(present))
+            (self.present.discard if dtype == HOST else self.present.add)(id(layer))
+            self.most = max(self.most, len(self.present))
 
-    monkeypatch.setattr(CacheLayerMixin, "offload", lambda layer: move(layer, HOST))
-    monkeypatch.setattr(CacheLayerMixin, "prefetch", lambda layer: move(layer, torch.float32))
+
+@pytest.fixture
+def layers_on_device(monkeypatch: pytest.MonkeyPatch) -> Layers:
+    """transformers' offloaded cache, on the CPU."""
+    layers = Layers()
+    monkeypatch.setattr(CacheLayerMixin, "offload", lambda layer: layers.move(layer, HOST))
+    monkeypatch.setattr(CacheLayerMixin, "prefetch", lambda layer: layers.move(layer, torch.float32))
     monkeypatch.setattr(torch, "Stream", PlayedStream)
     monkeypatch.setattr(torch.cuda, "default_stream", lambda _device: PlayedStream())
-    return most
+    return layers
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_tokens_are_the_same_with_keys_in_host_memory(name: str, layers_on_device: list[int], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_tokens_are_the_same_with_keys_in_host_memory(name: str, layers_on_device: Layers, tmp_path: Path) -> None:
     """Prompts whole and in vertical micro-batches, windows that stay on the device (gemma2) or not."""
     plain = saved(name, tmp_path / "plain")
     model = streamed(tmp_path / "plain", tmp_path / "store", name)
     with model.fuyou:
         for options in (GREEDY, SAMPLED):
             expected = tokens(plain, prompts("left"), **options)
-            assert layers_on_device == [0]
+            assert layers_on_device.most == 0
             for rows_at_once in (None, 2):
                 model.fuyou.prefill_micro_batch_size = rows_at_once
                 found = tokens(model, prompts("left"), **options, cache_implementation="offloaded")
                 assert torch.equal(found, expected)
-                # One is computed with, one comes next; each part of the prompts has its own first layer there.
-                assert 0 < layers_on_device[0] <= (2 if rows_at_once is None else 4)
-                layers_on_device[0] = 0
+                # One is computed with, one comes next; the second part of the prompts has left its own first layer there.
+                assert 0 < layers_on_device.most <= (2 if rows_at_once is None else 3)
+                layers_on_device.most = 0
+                layers_on_device.present.clear()

@@ -101,6 +101,12 @@ def test_weights_kept_in_memory_are_not_counted_as_read() -> None:
     roomy = plan(Demand(4, 10, 20), machine(host=1024 * MIB))
     assert roomy.read_bytes_per_token_step == 0
     assert roomy.limiting_lane == "gpu"
+    # Once they must come in.
+    assert roomy.predicted_prefill_seconds == pytest.approx(36 * MIB / 1e9)
+    slow = machine(host=1024 * MIB)
+    slow = dataclasses.replace(slow, hardware=dataclasses.replace(slow.hardware, seconds_per_block=0.25))
+    # Ten blocks, and what multiplying with 36 MiB of weights takes.
+    assert plan(Demand(4, 10, 20), slow).predicted_seconds_per_token_step == pytest.approx(2.5 + 36 * MIB / 1e12)
 
 
 def test_the_reserve_is_taken_from_the_weights_exactly() -> None:

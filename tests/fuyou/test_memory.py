@@ -227,13 +227,11 @@ print(json.dumps({"peak": peak - start}))
 """
 
 
-@pytest.mark.parametrize(
-    ("name", "most"),
-    [("tiny", 100e6), pytest.param("567M", 300e6, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])],
-)
-def test_peak_of_an_export(name: str, most: float, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_peak_of_an_export(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """One block above the start, whatever memory there is; loaded by plain transformers the logits are the same."""
-    hidden, intermediate, layers, heads = SHAPES.get(name, (256, 512, 4, 4))
+    hidden, intermediate, layers, heads = SHAPES["567M"]
     config = LlamaConfig(
         vocab_size=256,
         hidden_size=hidden,
@@ -259,7 +257,7 @@ def test_peak_of_an_export(name: str, most: float, tmp_path: Path, request: pyte
     assert done.returncode == 0, done.stderr[-2000:]
     peak = json.loads(done.stdout.splitlines()[-1])["peak"]
     request.node.add_report_section("call", "memory", f"peak {peak / 1e6:.0f} MB above the start\n")  # pytest -rA
-    assert peak < most
+    assert peak < 300e6
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
     with torch.no_grad():
         assert torch.equal(plain(input_ids=ids).logits, expected)
