@@ -307,6 +307,11 @@ class Runtime:
         self._executor.discard()
         self.flush()
         self.store.restore(name)
+        # Another optimizer counts anew.
+        self._queued.clear()
+        self._queued_scales.clear()
+        self._queued_since = self._gradients_since = -1
+        self._micro_batches_of_step = (-1, 0)
         optimizer, self.optimizer = self.optimizer, None
         if optimizer is not None:
             optimizer.close()
