@@ -87,7 +87,7 @@ def soak(store: Path, num_steps: int) -> list[tuple[float, int, int, list[str]]]
     config = tiny_model_config("llama")
     todo = [step[0] for step in tiny_batches(config, 10, 1, batch_size=2, sequence_length=8)]
     for turn in range(1, num_turns + 1):
-        # Nine tenths of a step are compute, most of it torch's bfloat16 products where the processor has none.
+        # Most of a step is compute, and most of that torch's bfloat16 products where the processor has none.
         model = tiny_run.open_model(store, compute_dtype="float32", micro_batch_size=1)
         with model.fuyou:
             optimizer = tiny_run.adamw(model, 0.5)
