@@ -300,13 +300,29 @@ class WeightStream:
             shard.transfer.add_done_callback(lambda _transfer: self.end_use(shard))
 
     def _prefetch(self) -> None:
-        """Start reads for the next shards, in order, as far as buffers are free; never blocks."""
+        """Start reads for the next shards, in order, as far as buffers are free, and updates; never blocks."""
         for name in self._soon():
             shard = self._loaded.get(name)
             if shard is not None and name in self._resident:
                 self._update_resident(shard)
             elif shard is None and self._start(name, block=False) is None:
-                return
+                break
+        self._update_ahead()
+
+    def _update_ahead(self) -> None:
+        """Begin pending updates of weights that stayed in memory, however far off their visits are: they take no buffer.
+
+        In the order of the visits, no further than to one that must be read first and whose turn has not come: the drive
+        would be busy with those behind it while compute waits for that one.
+        """
+        if self.optimizer is None:
+            return
+        for name in dict.fromkeys(self._visits):
+            if self.optimizer.has_pending_update(name):
+                shard = self._loaded.get(name)
+                if shard is None or name not in self._resident:
+                    return
+                self._update_resident(shard)
 
     def _start(self, name: str, *, block: bool) -> LoadedShard | None:
         layout, optimizer = self._layouts[name], self.optimizer

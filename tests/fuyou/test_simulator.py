@@ -87,7 +87,7 @@ def test_speeds_of_a_drive_and_of_cores() -> None:
         "gpu": 1.0,
         "cpu": 1.0,
     }
-    assert lane_speeds(dataclasses.replace(GPU, device="cpu"))(frozenset({"gpu", "cpu"}))["gpu"] == pytest.approx(2 / 3)
+    assert lane_speeds(dataclasses.replace(GPU, device="cpu"))(frozenset({"gpu", "cpu"}))["gpu"] == pytest.approx(1 / 2)
 
 
 def test_compute_alone() -> None:

@@ -325,6 +325,32 @@ def test_whatever_comes_between_nothing_stale_is_read_and_nothing_written_is_cha
     assert all(torch.equal(state, other) for state, other in zip(states, expected_states, strict=True))
 
 
+def test_late_updates_in_memory_begin_before_their_visit(tmp_path: Path) -> None:
+    """All of them with the forward pass, in the order of their visits, and none behind one that must be read first."""
+    run = Trained(tmp_path / "all", "forward", prefetch_depth=1)
+    with run.runtime:
+        run.step()
+        pending: list[str] = []
+        announce = run.runtime._weights.announce
+
+        def announced(visits: Any, **options: Any) -> None:
+            order = list(visits)
+            announce(order, **options)
+            pending.extend(name for name in order if run.optimizer.has_pending_update(name))
+
+        run.runtime._weights.announce = announced
+        run.step()
+        assert pending == []
+        run.runtime._weights._resident = frozenset({"prologue", "model.layers.0", "model.layers.2", "epilogue"})
+        with run.runtime._weights._lock:
+            run.runtime._weights._forget(run.runtime._weights._loaded["model.layers.1"])
+        loss = run.forward()
+        # Until the forward pass comes to the second layer, its update and those behind it wait.
+        assert list(dict.fromkeys(pending)) == ["model.layers.1", "model.layers.2", "epilogue"]
+        loss.backward()
+        run.finish_step(loss)
+
+
 def test_waits_of_compute_are_named(tmp_path: Path) -> None:
     offload = fuyou.OffloadConfig(store=tmp_path / "s", device="cpu", compute_dtype="float32", host_memory="64MiB")
     model = fuyou.from_config(config(), offload=offload, seed=0)
