@@ -507,6 +507,7 @@ class Runtime:
             pool=weights,
             layouts=self.layouts,
             resident=frozenset(b.name for b in plan.blocks if b.weights_in_host),
+            on_device=frozenset(b.name for b in plan.blocks if b.weights_on_device),
             prefetch_depth=plan.prefetch_depth,
             device=self._device,
         )

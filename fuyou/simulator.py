@@ -234,7 +234,8 @@ class _StepBuilder:
             in_host = self._read_weights(block)
             if block.name in self._gradients:
                 in_host = self._update(block, [in_host, self._gradients.pop(block.name)])
-            weights = self._upload_weights(block, in_host)
+            frozen = block.weights_on_device and not block.trainable
+            weights = in_host if frozen else self._upload_weights(block, in_host)
             self._compute(block, f"{block.name} forward", FORWARD_FLOPS, weights)
             if block.kind == "layer":
                 self._save_activations(block)
@@ -243,6 +244,7 @@ class _StepBuilder:
         for block in reversed([block for block in self._blocks if block.in_backward]):
             is_epilogue = block.kind == "epilogue"
             reads = not is_epilogue or (block.trainable and block.update_window == "backward")
+            reads = reads and not block.stays_on_device()
             weights = self._upload_weights(block, self._read_weights(block)) if reads else self._computes[-1]
             if not is_epilogue:
                 again = RECOMPUTE_FLOPS if block.activations not in KEPT else 0.0
@@ -267,7 +269,7 @@ class _StepBuilder:
 
     def _read_weights(self, block: BlockPlan) -> int:
         """Bring the weights to host memory, as far ahead as buffers allow; the last task of that."""
-        if block.weights_in_host:  # they need neither a read nor a buffer
+        if block.num_weight_reads() == 0:  # they need neither a read nor a buffer
             return self._add("ssd_read", f"{block.name} weights", 0.0, (self._updated.get(block.name),))
         seconds = block.weight_bytes / self._hardware.read_bytes_per_second
         after = (self._weights_ahead(), self._written.get(block.name))
