@@ -216,6 +216,8 @@ class _StepBuilder:
         self._commit_every_steps = commit_every_steps
         self._all_late = updates_after_backward
         self._computes: list[int] = []
+        self._computed_reads: list[int] = []
+        """Of these, the ones with weights that had been read."""
         self._last_read: int | None = None
         self._written_records: list[int] = []
         self._written: dict[str, int] = {}
@@ -263,16 +265,16 @@ class _StepBuilder:
         self.tasks.append(Task(lane, name, seconds, tuple({n for n in after if n is not None})))
         return len(self.tasks) - 1
 
-    def _weights_ahead(self) -> int | None:
-        """What frees the buffer of weights that come in next: the block before the last `depth` ones has been computed."""
-        return self._computes[-1 - self._depth] if len(self._computes) > self._depth else None
+    def _ahead_in(self, computed: Sequence[int]) -> int | None:
+        """What frees the buffer of what comes in next: the block before the last `depth` ones has been computed."""
+        return computed[-1 - self._depth] if len(computed) > self._depth else None
 
     def _read_weights(self, block: BlockPlan) -> int:
         """Bring the weights to host memory, as far ahead as buffers allow; the last task of that."""
         if block.num_weight_reads() == 0:  # they need neither a read nor a buffer
             return self._add("ssd_read", f"{block.name} weights", 0.0, (self._updated.get(block.name),))
         seconds = block.weight_bytes / self._hardware.read_bytes_per_second
-        after = (self._weights_ahead(), self._written.get(block.name))
+        after = (self._ahead_in(self._computed_reads), self._written.get(block.name))
         return self._add("ssd_read", f"{block.name} weights", seconds, after)
 
     def _upload_weights(self, block: BlockPlan, in_host: int) -> int:
@@ -280,7 +282,7 @@ class _StepBuilder:
         if self._hardware.device == "cpu":
             return in_host
         seconds = self._link_seconds(block.weight_bytes)
-        return self._add("h2d", f"{block.name} weights", seconds, (in_host, self._weights_ahead()))
+        return self._add("h2d", f"{block.name} weights", seconds, (in_host, self._ahead_in(self._computes)))
 
     def _link_seconds(self, num_bytes: int) -> float:
         rate = self._hardware.link_bytes_per_second
@@ -291,6 +293,8 @@ class _StepBuilder:
         before = self._computes[-1] if self._computes else None
         seconds = amount / self._hardware.compute_flops_per_second
         self._computes.append(self._add("gpu", name, seconds, (before, weights, saved)))
+        if block.num_weight_reads():
+            self._computed_reads.append(self._computes[-1])
 
     def _save_activations(self, block: BlockPlan) -> None:
         """The layer's input, and what else is not computed again, leave the device."""
@@ -305,7 +309,7 @@ class _StepBuilder:
     def _saved_activations(self, block: BlockPlan) -> int:
         """Bring them back, as far ahead as weights; the last task of that."""
         task = self._saved.pop(block.name)
-        ahead = self._weights_ahead()
+        ahead = self._ahead_in(self._computes)
         if block.activations == "ssd":
             seconds = self._tokens * block.activation_bytes_per_token / self._hardware.read_bytes_per_second
             task = self._add("ssd_read", f"{block.name} activations", seconds, (task, ahead))

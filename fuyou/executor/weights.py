@@ -8,6 +8,7 @@ to the next, unless an update comes between.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections import deque
@@ -90,7 +91,7 @@ class LoadedShard:
 
 
 class WeightStream:
-    """Hands out shards in the announced order, reading up to `prefetch_depth` ahead.
+    """Hands out shards in the announced order, reading up to `prefetch_depth` of those ahead that are not in memory.
 
     `resident` shards are read once and stay in host memory; those in `on_device` stay on the device for as long as they are
     not updated: frozen ones from their first visit on, others from the forward pass to the backward pass, unless that one
@@ -143,8 +144,13 @@ class WeightStream:
             self._prefetch()
 
     def _soon(self) -> list[str]:
-        """The shards of the next visits, as many as are read ahead."""
-        return list(dict.fromkeys(self._visits))[: self._prefetch_depth]
+        """The shards of the next visits that are not in memory for good, as many as are read ahead."""
+        visits = (name for name in dict.fromkeys(self._visits) if not self._is_kept(name))
+        return list(itertools.islice(visits, self._prefetch_depth))
+
+    def _is_kept(self, name: str) -> bool:
+        shard = self._loaded.get(name)
+        return shard is not None and (name in self._resident or shard.on_device is not None)
 
     def acquire(self, name: str) -> LoadedShard:
         """The shard's weights, ready to compute with; blocks until they are. `release` it after use."""
@@ -351,29 +357,23 @@ class WeightStream:
             shard.transfer.add_done_callback(lambda _transfer: self.end_use(shard))
 
     def _prefetch(self) -> None:
-        """Start reads for the next shards, in order, as far as buffers are free, and updates; never blocks."""
-        for name in self._soon():
-            shard = self._loaded.get(name)
-            if shard is not None and name in self._resident:
-                self._update_resident(shard)
-            elif shard is None and self._start(name, block=False) is None:
-                break
-        self._update_ahead()
+        """Start reads for the next shards, as far as buffers are free, and updates, in the order of visits; never blocks.
 
-    def _update_ahead(self) -> None:
-        """Begin pending updates of weights that stayed in memory, however far off their visits are: they take no buffer.
-
-        In the order of the visits, no further than to one that must be read first and whose turn has not come: the drive
-        would be busy with those behind it while compute waits for that one.
+        Weights that stayed in memory take no buffer: their pending updates begin however far off the visits are. But
+        behind one that must be read first, and cannot be yet, none begins: compute will wait for that one sooner.
         """
-        if self.optimizer is None:
-            return
+        soon, may_read, may_update = set(self._soon()), True, True
         for name in dict.fromkeys(self._visits):
-            if self.optimizer.has_pending_update(name):
-                shard = self._loaded.get(name)
-                if shard is None or name not in self._resident:
-                    return
-                self._update_resident(shard)
+            shard = self._loaded.get(name)
+            is_pending = self.optimizer is not None and self.optimizer.has_pending_update(name)
+            if shard is not None:
+                if is_pending and may_update and name in self._resident:
+                    self._update_resident(shard)
+            elif may_read and name in soon and (may_update or not is_pending):
+                may_read = self._start(name, block=False) is not None
+                may_update = may_update and (may_read or not is_pending)
+            elif is_pending:
+                may_update = False
 
     def _start(self, name: str, *, block: bool) -> LoadedShard | None:
         layout, optimizer = self._layouts[name], self.optimizer
