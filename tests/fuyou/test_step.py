@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 import fuyou
 import fuyou.runtime
 from fuyou.executor.device import Ready
-from fuyou.executor.step import micro_batch_seed
+from fuyou.executor.torch_state import micro_batch_seed
 from fuyou.executor.weights import NUM_ON_DEVICE
 from fuyou.plan import BlockPlan
 from optim import OffloadedAdamW
@@ -115,8 +115,8 @@ class Pair:
         """No weight bound, no gradient and no activation in memory, no greenlet waiting."""
         executor = self.model.fuyou._executor
         assert not executor._bound
-        assert not executor._open
-        assert executor._hub is None
+        assert not executor._gradients
+        assert not executor._forward.is_running
         pools = {pool.name: pool.used_bytes for pool in self.model.fuyou._pools}
         assert pools["activations"] == 0
         self.optimizer.zero_grad()
