@@ -120,6 +120,7 @@ class Plan:
     """"checkpoint": only one step in `commit_every_steps` goes to the drive, and what is flushed; everything trained is in
     host memory."""
     prefetch_depth: int
+    """How many blocks' weights are read ahead of their turn; those that are in memory anyway are not counted."""
     num_update_workers: int
     num_io_threads: int
     host_memory_bytes: int
