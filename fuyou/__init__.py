@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fuyou.config import OffloadConfig, format_bytes, parse_bytes
     from fuyou.errors import ConfigError, DataError, FuyouError, ModelError, PlanError
-    from fuyou.executor.step import micro_batch_seed
+    from fuyou.executor.torch_state import micro_batch_seed
     from fuyou.hardware import HardwareProfile, measure_hardware
     from fuyou.opening import (
         adamw as AdamW,
@@ -43,7 +43,7 @@ _HOMES = {
     "from_pretrained": ("fuyou.opening", "from_pretrained"),
     "inspect_store": ("fuyou.store_contents", "inspect_store"),
     "measure_hardware": ("fuyou.hardware", "measure_hardware"),
-    "micro_batch_seed": ("fuyou.executor.step", "micro_batch_seed"),
+    "micro_batch_seed": ("fuyou.executor.torch_state", "micro_batch_seed"),
     "open_store_model": ("fuyou.opening", "open_store_model"),
     "parse_bytes": ("fuyou.config", "parse_bytes"),
     "plan_model": ("fuyou.opening", "plan_model"),

@@ -161,8 +161,6 @@ def _train(options: argparse.Namespace) -> int:
     from fuyou.training import run_training
 
     datasets.disable_progress_bars()
-    # I/O threads ask for the interpreter between requests; at Python's 5 ms a busy main thread costs them a quarter.
-    sys.setswitchinterval(SWITCH_SECONDS)
     moved = [] if options.store is None else [f"offload.store={json.dumps(options.store)}"]
     recipe = load_recipe(options.recipe, [*options.set, *moved])
     reporter = make_reporter(
@@ -324,8 +322,6 @@ def _bench(options: argparse.Namespace) -> int:
 def _bench_module(name: str) -> Any:
     return importlib.import_module(f"fuyou.bench.{name}")
 
-
-SWITCH_SECONDS = 5e-4
 
 BENCHES = ("io", "adam", "optimizer", "step", "generate")
 

@@ -19,8 +19,10 @@ FORWARD_FLOPS, BACKWARD_FLOPS, RECOMPUTE_FLOPS = 2.0, 4.0, 2.0
 
 
 def num_update_workers(device: str, num_cores: int) -> int:
-    """Threads for Adam: on a CPU the blocks need cores too, beside a GPU two are left for everything else."""
-    return max(1, num_cores // 2 if device == "cpu" else num_cores - 2)
+    """Threads for Adam. Beside a GPU two cores are left for everything else. On a CPU all cores: torch shares each
+    operation evenly among them, so that one that Adam has alone would keep the others waiting.
+    """
+    return max(1, num_cores if device == "cpu" else num_cores - 2)
 
 
 SCHEMES = {

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import threading
 import time
-from pathlib import Path
+
+_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 def anonymous_bytes() -> int:
     """Anonymous resident memory of this process (RssAnon), without mapped files; 0 where the kernel does not tell."""
     try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
+        with open("/proc/self/statm", "rb", buffering=0) as file:  # a quarter of the time that "status" takes
+            _size, resident, shared = file.read().split()[:3]
+    except (OSError, ValueError):
+        return 0
+    return (int(resident) - int(shared)) * _PAGE_BYTES
 
 
 LARGE_BLOCK_BYTES = 2**20

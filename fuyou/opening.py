@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -63,6 +64,9 @@ from io_engine.directories import make_directory
 from optim import OffloadedAdamW, ShardLayout
 
 _logger = logging.getLogger(__name__)
+
+SWITCH_SECONDS = 5e-4
+"""How long a thread keeps the interpreter from those that wait for it, at most; of the whole process, from the first model on."""
 
 
 def from_pretrained(
@@ -353,6 +357,8 @@ def _open(
     folder: Path | None,
 ) -> Any:
     return_freed_memory()
+    # I/O threads ask for the interpreter between requests; at Python's 5 ms a busy main thread costs them a quarter.
+    sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
     device = choose_device(offload)
     dtype = DTYPES[offload.compute_dtype]
     kwargs = {} if attn_implementation is None else {"attn_implementation": attn_implementation}

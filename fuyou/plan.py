@@ -39,6 +39,9 @@ class BlockPlan:
     layer again; "keep" (on the device), "host" (pooled host memory) and "ssd" (scratch files) let the outputs of matrix
     products and attention wait there. Or one of these words by number of operation, "recompute" for those not named;
     `model.fuyou.list_ops` lists the numbers. No choice changes a bit of the result."""
+    weights_on_device: bool = False
+    """Keep the weights in the GPU's memory while nothing changes them: always, if the block is frozen; else from its forward
+    to its backward pass, if its update is late (an early one needs them in host memory then)."""
     num_borrowers: int = 0
     """Other blocks that compute with its weights too (tied embeddings)."""
     width: int = 0
@@ -70,10 +73,16 @@ class BlockPlan:
                 f'plan: activations={self.activations!r} of {self.name}: only decoder layers have a choice, leave "recompute"'
             )
 
+    def stays_on_device(self) -> bool:
+        """Whether its backward pass, and all that borrow its weights, find them on the device."""
+        return self.weights_on_device and (not self.trainable or self.update_window == "forward")
+
     def num_weight_reads(self) -> int:
         """How often a steady step reads the weights from the drive."""
-        if self.weights_in_host:
+        if self.weights_in_host or (self.stays_on_device() and not self.trainable):
             return 0
+        if self.stays_on_device():
+            return 1
         # Forward and backward pass, and once for each borrower. The epilogue's backward pass follows its forward pass
         # at once; only an update in the backward window needs its weights again.
         once = self.kind == "epilogue" and (self.update_window == "forward" or not self.trainable)
@@ -111,6 +120,7 @@ class Plan:
     """"checkpoint": only one step in `commit_every_steps` goes to the drive, and what is flushed; everything trained is in
     host memory."""
     prefetch_depth: int
+    """How many blocks' weights are read ahead of their turn; those that are in memory anyway are not counted."""
     num_update_workers: int
     num_io_threads: int
     host_memory_bytes: int
@@ -197,6 +207,8 @@ class Plan:
         num_trainable = sum(b.trainable for b in self.blocks)
         num_early = sum(b.trainable and b.update_window == "backward" for b in self.blocks)
         stored = sum(b.weight_bytes * (2 if b.trainable else 1) + 2 * b.state_bytes for b in self.blocks)
+        num_on_device = sum(b.weights_on_device for b in self.blocks)
+        on_device = f", weights of {num_on_device} of {len(self.blocks)} blocks stay there" if num_on_device else ""
         lines = [
             f"{self.num_parameters / 1e6:.1f}M parameters in {len(self.blocks)} blocks, {self.compute_dtype} on {self.device}",
             f"  store          {format_bytes(stored)} (weights, master, moments; two slots)",
@@ -204,7 +216,11 @@ class Plan:
             f"gradients {format_bytes(self.gradient_pool_bytes)}, records {format_bytes(self.record_pool_bytes)}, "
             f"activations {format_bytes(self.activation_pool_bytes)}, left to Python and torch "
             f"{format_bytes(self.host_memory_bytes - self.pool_bytes)}",
-            *([] if self.gpu_memory_bytes is None else [f"  gpu memory     {format_bytes(self.gpu_memory_bytes)}"]),
+            *(
+                []
+                if self.gpu_memory_bytes is None
+                else [f"  gpu memory     {format_bytes(self.gpu_memory_bytes)}{on_device}"]
+            ),
             f"  kept in host   weights of {sum(b.weights_in_host for b in self.blocks)} and states of "
             f"{sum(b.states_in_host for b in self.blocks)} of {len(self.blocks)} blocks",
             f"  updates        of {num_early} blocks in the backward pass, of {num_trainable - num_early} on the way to their next "

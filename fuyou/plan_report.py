@@ -224,6 +224,8 @@ def _block_lines(blocks: Sequence[BlockPlan]) -> Iterator[str]:
             what for what, is_kept in (("weights", block.weights_in_host), ("states", block.states_in_host)) if is_kept
         ]
         text = f"{' and '.join(kept) or 'nothing'} kept in host memory"
+        if block.weights_on_device:
+            text += ", weights on the GPU"
         if block.trainable:
             text += f", gradient {block.gradient}, update in the {block.update_window} pass"
         else:

@@ -326,8 +326,8 @@ def _choices(blocks: Sequence[BlockPlan]) -> Iterator[_Choice]:
             read = num_bytes if block.update_window == "forward" else 0
             yield _Choice(number, {"gradient": "host"}, pooled_bytes(num_bytes), read, num_bytes)
     for number, block in enumerate(blocks):
-        if not block.weights_in_host:
-            saved = block.num_weight_reads() * block.weight_bytes
+        saved = block.num_weight_reads() * block.weight_bytes
+        if saved:
             yield _Choice(number, {"weights_in_host": True}, pooled_bytes(block.weight_bytes), saved, 0)
     for number, block in enumerate(blocks):
         if block.trainable and not block.states_in_host:

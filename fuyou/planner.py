@@ -20,6 +20,9 @@ LEAST_RECORD_BUFFERS, COMFORTABLE_RECORD_BUFFERS = 2, 6
 0.91 of the drive's limit with four, 0.99 with six)."""
 COMMIT_EVERY_STEPS = 20
 """With durability="checkpoint", where the user names no number: the drive gets a twentieth of the bytes."""
+GRAPH_FACTOR, LOGIT_BYTES = 4, 14
+"""Memory of a layer's graph, of what the outputs of its matrix products take (autograd keeps about twice them); of one
+logit with its float32 copy, log-softmax and gradient."""
 MIN_ACTIVATION_BYTES = 8 * MEBIBYTE
 OVERHEAD_SHARE, MAX_OVERHEAD_BYTES = 6, 96 * MEBIBYTE
 """A sixth of the budget, at most this, stays free for Python objects, kernels, torch's temporaries and what the
@@ -184,6 +187,15 @@ def make_plan(
     activations = least.activations
     activations += take((boundary_bytes or host_memory_bytes // 16) - activations)
     weight_pool, gradient_pool, record_pool = weight_pool + kept[0], gradient_pool + kept[1], record_pool + kept[2]
+    on_device = frozenset[str]()
+    if gpu_memory_bytes is not None and num_tokens:
+        at_once = min(num_tokens, (micro_batch_size or num_tokens) * (sequence_length or num_tokens))
+        on_device = _kept_on_device(shards, gpu_memory_bytes - least.device, at_once)
+        if on_device:
+            reasons["weights_on_device"] = (
+                f"weights of {len(on_device)} frozen blocks stay in half of the GPU's memory that the blocks under way and "
+                f"the activations of {at_once} tokens leave: they are neither read nor copied again"
+            )
     # Then what saves most traffic per byte of memory; a smaller thing behind a larger one that does not fit gets its
     # chance. In this order more memory never means more traffic.
     blocks = [
@@ -205,6 +217,7 @@ def make_plan(
             input_bytes_per_token=s.input_bytes_per_token,
             activation_bytes_per_token=s.activation_bytes_per_token,
             in_backward=s.in_backward,
+            weights_on_device=s.name in on_device,
         )
         for s in shards
     ]
@@ -342,6 +355,22 @@ def _kept_bytes(trainable: Sequence[ShardSize]) -> tuple[int, int, int]:
         sum(pooled_bytes(s.gradient_bytes) for s in trainable),
         sum(pooled_bytes(s.state_bytes) for s in trainable),
     )
+
+
+def _kept_on_device(shards: Sequence[ShardSize], room_bytes: int, tokens_at_once: int) -> frozenset[str]:
+    """Frozen blocks whose weights fit beside a layer's graph, generously estimated; none where that is not known."""
+    if any(s.kind == "layer" and not s.activation_bytes_per_token for s in shards):
+        return frozenset()
+    widest = max((s.width for s in shards), default=0)
+    vocabulary = max((s.num_parameters // widest for s in shards if s.kind != "layer" and widest), default=0)
+    layer_bytes = GRAPH_FACTOR * max((s.activation_bytes_per_token for s in shards), default=0)
+    room_bytes = (room_bytes - tokens_at_once * (layer_bytes + LOGIT_BYTES * vocabulary)) // 2
+    kept = set[str]()
+    for shard in shards:
+        if not shard.trainable and shard.weight_bytes <= room_bytes:
+            kept.add(shard.name)
+            room_bytes -= shard.weight_bytes
+    return frozenset(kept)
 
 
 def traffic(blocks: Sequence[BlockPlan], commit_every_steps: int = 1) -> tuple[int, int]:

@@ -154,6 +154,12 @@ def check_plan(plan: Plan, sizes: Sequence[ShardSize], config: OffloadConfig, *,
         if planned != actual:
             raise ConfigError(f"plan: {field}={planned!r}, this run has {actual!r}: make a plan for this run")
     least = least_memory(sizes)
+    on_device = sum(b.weight_bytes for b in plan.blocks if b.weights_on_device)
+    if plan.gpu_memory_bytes is not None and on_device > plan.gpu_memory_bytes - least.device:
+        raise PlanError(
+            f"plan: weights_on_device of {format_bytes(on_device)} beside the {format_bytes(least.device)} of the blocks under way "
+            f"are more than gpu_memory_bytes = {format_bytes(plan.gpu_memory_bytes)}: keep fewer there"
+        )
     for field, has, needs in (
         (
             "weight_pool_bytes",

@@ -32,7 +32,8 @@ from fuyou.errors import ConfigError, DataError, ModelError, PlanError
 from fuyou.executor.activations import ActivationStore
 from fuyou.executor.device import Device, make_device
 from fuyou.executor.ops import Op
-from fuyou.executor.step import ForwardRecord, Output, StepExecutor
+from fuyou.executor.record import ForwardRecord, Output
+from fuyou.executor.step import StepExecutor
 from fuyou.executor.weights import WeightStream
 from fuyou.exporting import NamesOnly, ReadBlock, compare_state_dict, export_checkpoint
 from fuyou.hardware import cached_hardware
@@ -512,6 +513,7 @@ class Runtime:
             pool=weights,
             layouts=self.layouts,
             resident=frozenset(b.name for b in plan.blocks if b.weights_in_host),
+            on_device=frozenset(b.name for b in plan.blocks if b.weights_on_device),
             prefetch_depth=plan.prefetch_depth,
             device=self._device,
         )

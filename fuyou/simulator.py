@@ -12,7 +12,7 @@ import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from fuyou.costs import BACKWARD_FLOPS, FORWARD_FLOPS, RECOMPUTE_FLOPS
+from fuyou.costs import BACKWARD_FLOPS, FORWARD_FLOPS, RECOMPUTE_FLOPS, num_update_workers
 from fuyou.hardware import HardwareProfile
 from fuyou.html import lanes_picture
 from fuyou.plan import BlockPlan
@@ -182,7 +182,7 @@ def lane_speeds(hardware: HardwareProfile) -> Speeds:
     drive = min(
         1.0, hardware.mixed_bytes_per_second / (hardware.read_bytes_per_second + hardware.write_bytes_per_second)
     )
-    workers = max(1, hardware.num_cores // 2)
+    workers = num_update_workers("cpu", hardware.num_cores)
     cores = hardware.num_cores / (hardware.num_cores + workers)
 
     def speeds(busy: frozenset[str]) -> dict[str, float]:
@@ -216,6 +216,8 @@ class _StepBuilder:
         self._commit_every_steps = commit_every_steps
         self._all_late = updates_after_backward
         self._computes: list[int] = []
+        self._computed_reads: list[int] = []
+        """Of these, the ones with weights that had been read."""
         self._last_read: int | None = None
         self._written_records: list[int] = []
         self._written: dict[str, int] = {}
@@ -231,9 +233,11 @@ class _StepBuilder:
     def add_step(self) -> int:
         """One more step; returns the number of its last task in the backward pass."""
         for block in self._blocks:
-            weights = self._read_weights(block)
+            in_host = self._read_weights(block)
             if block.name in self._gradients:
-                weights = self._update(block, [weights, self._gradients.pop(block.name)])
+                in_host = self._update(block, [in_host, self._gradients.pop(block.name)])
+            frozen = block.weights_on_device and not block.trainable
+            weights = in_host if frozen else self._upload_weights(block, in_host)
             self._compute(block, f"{block.name} forward", FORWARD_FLOPS, weights)
             if block.kind == "layer":
                 self._save_activations(block)
@@ -242,7 +246,8 @@ class _StepBuilder:
         for block in reversed([block for block in self._blocks if block.in_backward]):
             is_epilogue = block.kind == "epilogue"
             reads = not is_epilogue or (block.trainable and block.update_window == "backward")
-            weights = self._read_weights(block) if reads else self._computes[-1]
+            reads = reads and not block.stays_on_device()
+            weights = self._upload_weights(block, self._read_weights(block)) if reads else self._computes[-1]
             if not is_epilogue:
                 again = RECOMPUTE_FLOPS if block.activations not in KEPT else 0.0
                 saved = self._saved_activations(block) if block.kind == "layer" else None
@@ -260,16 +265,24 @@ class _StepBuilder:
         self.tasks.append(Task(lane, name, seconds, tuple({n for n in after if n is not None})))
         return len(self.tasks) - 1
 
+    def _ahead_in(self, computed: Sequence[int]) -> int | None:
+        """What frees the buffer of what comes in next: the block before the last `depth` ones has been computed."""
+        return computed[-1 - self._depth] if len(computed) > self._depth else None
+
     def _read_weights(self, block: BlockPlan) -> int:
-        """Read, as far ahead as buffers allow, and bring to the device; the last task of that."""
-        # A buffer is free when the block before the last `depth` ones has been computed.
-        ahead = self._computes[-1 - self._depth] if len(self._computes) > self._depth else None
-        seconds = 0.0 if block.weights_in_host else block.weight_bytes / self._hardware.read_bytes_per_second
-        latest = self._updated if block.weights_in_host else self._written
-        read = self._add("ssd_read", f"{block.name} weights", seconds, (ahead, latest.get(block.name)))
+        """Bring the weights to host memory, as far ahead as buffers allow; the last task of that."""
+        if block.num_weight_reads() == 0:  # they need neither a read nor a buffer
+            return self._add("ssd_read", f"{block.name} weights", 0.0, (self._updated.get(block.name),))
+        seconds = block.weight_bytes / self._hardware.read_bytes_per_second
+        after = (self._ahead_in(self._computed_reads), self._written.get(block.name))
+        return self._add("ssd_read", f"{block.name} weights", seconds, after)
+
+    def _upload_weights(self, block: BlockPlan, in_host: int) -> int:
+        """Bring them to the device, where there is one; the last task of that."""
         if self._hardware.device == "cpu":
-            return read
-        return self._add("h2d", f"{block.name} weights", self._link_seconds(block.weight_bytes), (read,))
+            return in_host
+        seconds = self._link_seconds(block.weight_bytes)
+        return self._add("h2d", f"{block.name} weights", seconds, (in_host, self._ahead_in(self._computes)))
 
     def _link_seconds(self, num_bytes: int) -> float:
         rate = self._hardware.link_bytes_per_second
@@ -280,6 +293,8 @@ class _StepBuilder:
         before = self._computes[-1] if self._computes else None
         seconds = amount / self._hardware.compute_flops_per_second
         self._computes.append(self._add("gpu", name, seconds, (before, weights, saved)))
+        if block.num_weight_reads():
+            self._computed_reads.append(self._computes[-1])
 
     def _save_activations(self, block: BlockPlan) -> None:
         """The layer's input, and what else is not computed again, leave the device."""
@@ -294,7 +309,7 @@ class _StepBuilder:
     def _saved_activations(self, block: BlockPlan) -> int:
         """Bring them back, as far ahead as weights; the last task of that."""
         task = self._saved.pop(block.name)
-        ahead = self._computes[-1 - self._depth] if len(self._computes) > self._depth else None
+        ahead = self._ahead_in(self._computes)
         if block.activations == "ssd":
             seconds = self._tokens * block.activation_bytes_per_token / self._hardware.read_bytes_per_second
             task = self._add("ssd_read", f"{block.name} activations", seconds, (task, ahead))

@@ -31,6 +31,8 @@ class Device(Protocol):
     """What the executor asks of the place where blocks are computed."""
 
     torch_device: torch.device
+    has_own_memory: bool
+    """Whether what is uploaded is a copy, which outlives the host's memory that it was made from."""
 
     def upload(self, host: torch.Tensor) -> tuple[torch.Tensor, Ready]:
         """A device copy of pinned host memory, usable by compute issued after this call; returns at once.
@@ -82,6 +84,8 @@ class Device(Protocol):
 
 class HostDevice:
     """Compute on the CPU: no copies."""
+
+    has_own_memory = False
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
@@ -224,6 +228,7 @@ class _WeightSlots:
 class CudaDevice:
     """Compute on a CUDA device; one stream for each direction of copies."""
 
+    has_own_memory = True
     LEAST_IN_FLIGHT_BYTES = 64 * 2**20
     """Small copies (activations) may be this far ahead in all."""
 

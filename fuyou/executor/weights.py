@@ -1,12 +1,14 @@
 """Weights on their way in: read ahead in the order in which blocks will be visited, handed out, given back.
 
 A shard whose optimizer step is still to come gets it on the way: the read is the update's read, and the block computes
-with what the update leaves.
+with what the update leaves. Shards that the plan keeps on the device need neither the drive nor host memory from one visit
+to the next, unless an update comes between.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import time
 from collections import deque
@@ -35,8 +37,8 @@ class LoadedShard:
 
     def __init__(self, layout: ShardLayout, buffer: Buffer) -> None:
         self.layout = layout
-        self.buffer = buffer
-        self.array: npt.NDArray[np.uint8] = buffer.array[: layout.weight_bytes]
+        self.buffer: Buffer | None = buffer
+        """None: the device alone has the weights."""
         self.transfer: Transfer | None = None
         self.job: UpdateJob | None = None
         self.num_references = 0
@@ -49,6 +51,12 @@ class LoadedShard:
         self.device_weights: torch.Tensor | None = None
         """The same, dequantised if it must be."""
         self.uploaded: Ready = nothing_to_wait_for
+
+    @property
+    def array(self) -> npt.NDArray[np.uint8]:
+        """The weights' whole extent in host memory, as it is stored."""
+        assert self.buffer is not None
+        return self.buffer.array[: self.layout.weight_bytes]
 
     def wait(self) -> None:
         """Block until the weights can be computed with."""
@@ -63,8 +71,14 @@ class LoadedShard:
         return arrived and (self.job is None or (self.job.done.is_set() and self.job.error is None))
 
     def host_tensor(self) -> torch.Tensor:
-        """The weights as a flat tensor of the compute dtype that shares the buffer's memory; a copy of quantised ones."""
-        stored = self.stored_tensor()
+        """The weights as a flat tensor of the compute dtype that shares the buffer's memory; a copy of quantised ones, and
+        of those that the device alone has.
+        """
+        if self.buffer is None:
+            assert self.on_device is not None
+            stored = self.on_device.cpu()
+        else:
+            stored = self.stored_tensor()
         return self.layout.dequantise(stored) if isinstance(self.layout, QuantisedLayout) else stored
 
     def stored_tensor(self) -> torch.Tensor:
@@ -77,10 +91,12 @@ class LoadedShard:
 
 
 class WeightStream:
-    """Hands out shards in the announced order, reading up to `prefetch_depth` ahead.
+    """Hands out shards in the announced order, reading up to `prefetch_depth` of those ahead that are not in memory.
 
-    `resident` shards are read once and stay. What is given back right before its own next visit stays until then, as if
-    it had been read ahead. All buffers come from `pool`.
+    `resident` shards are read once and stay in host memory; those in `on_device` stay on the device for as long as they are
+    not updated: frozen ones from their first visit on, others from the forward pass to the backward pass, unless that one
+    updates them (in host memory, where it needs them anyway). What is given back right before its own next visit stays
+    until then, as if it had been read ahead. All buffers come from `pool`.
     """
 
     def __init__(
@@ -91,12 +107,14 @@ class WeightStream:
         pool: BufferPool,
         layouts: Mapping[str, ShardLayout],
         resident: frozenset[str],
+        on_device: frozenset[str] = frozenset(),
         prefetch_depth: int,
         device: Device,
     ) -> None:
         self._engine, self._store, self._pool, self._device = engine, store, pool, device
         self._layouts = dict(layouts)
         self._resident = resident
+        self._on_device = on_device if device.has_own_memory else frozenset[str]()
         self._prefetch_depth = prefetch_depth
         self._loaded: dict[str, LoadedShard] = {}
         self._visits: deque[str] = deque()
@@ -121,22 +139,32 @@ class WeightStream:
             for shard in list(self._loaded.values()):
                 if shard.prefetched and shard.layout.name not in soon:
                     self._drop_prefetched(shard.layout.name)
+                elif not self._stays_on_device(shard.layout.name):
+                    self._leave_device(shard)
             self._prefetch()
 
     def _soon(self) -> list[str]:
-        """The shards of the next visits, as many as are read ahead."""
-        return list(dict.fromkeys(self._visits))[: self._prefetch_depth]
+        """The shards of the next visits that are not in memory for good, as many as are read ahead."""
+        visits = (name for name in dict.fromkeys(self._visits) if not self._is_kept(name))
+        return list(itertools.islice(visits, self._prefetch_depth))
+
+    def _is_kept(self, name: str) -> bool:
+        shard = self._loaded.get(name)
+        return shard is not None and (name in self._resident or shard.on_device is not None)
 
     def acquire(self, name: str) -> LoadedShard:
         """The shard's weights, ready to compute with; blocks until they are. `release` it after use."""
         with self._lock:
             loaded = self._loaded.get(name)
-            read_ahead = loaded is not None and loaded.prefetched
+            if loaded is not None and self.optimizer is not None and self.optimizer.has_pending_update(name):
+                self._leave_device(loaded)
+                loaded = self._loaded.get(name)
+            is_there = loaded is not None and (loaded.prefetched or loaded.on_device is not None)
         # Outside the lock: the update that is waited for gives its buffer back through `end_use`.
         if self.optimizer is not None and loaded is not None and name in self._resident:
             # Not for the drive: the write that may still be under way reads the same memory, as compute does.
             self.optimizer.wait_updated(name)
-        elif self.optimizer is not None and not read_ahead:
+        elif self.optimizer is not None and not is_there:
             self.optimizer.wait_written(name)
         with self._lock:
             if name in self._visits:
@@ -149,10 +177,10 @@ class WeightStream:
                 with InterruptsDeferred():
                     shard = self._refer_to(name, is_last_try=time.monotonic() > give_up_seconds)
             shard.wait()
+            if shard.on_device is None:
+                shard.on_device, shard.uploaded = self._device.upload_weights(shard.stored_tensor())
             if shard.device_weights is None:
-                stored, shard.uploaded = self._device.upload_weights(shard.stored_tensor())
-                shard.on_device = stored
-                layout = shard.layout
+                layout, stored = shard.layout, shard.on_device
                 shard.device_weights = layout.dequantise(stored) if isinstance(layout, QuantisedLayout) else stored
         except BaseException:
             if shard is not None:
@@ -214,9 +242,29 @@ class WeightStream:
 
     def _let_device_go(self, shard: LoadedShard) -> None:
         shard.num_computing -= 1
-        if shard.num_computing == 0 and shard.on_device is not None:
-            self._device.release_weights(shard.on_device)
-            shard.on_device = shard.device_weights = None
+        if shard.num_computing == 0:
+            shard.device_weights = None
+            with self._lock:
+                if self._loaded.get(shard.layout.name) is not shard or not self._stays_on_device(shard.layout.name):
+                    self._leave_device(shard)
+
+    def _stays_on_device(self, name: str) -> bool:
+        """Whether the weights that compute has used are those of the next visit, and the plan keeps them for it."""
+        if name not in self._on_device:
+            return False
+        optimizer = self.optimizer
+        if optimizer is None or not optimizer.trains(name):
+            return True
+        return name in self._visits and not optimizer.updates_early(name)
+
+    def _leave_device(self, shard: LoadedShard) -> None:
+        """Give the device's memory up, unless compute uses it; from the thread that issues compute."""
+        if shard.num_computing or shard.on_device is None:
+            return
+        self._device.release_weights(shard.on_device)
+        shard.on_device = None
+        if shard.buffer is None and self._loaded.get(shard.layout.name) is shard:
+            del self._loaded[shard.layout.name]
 
     def hand_over(self, shard: LoadedShard) -> None:
         """The holder's reference goes to an update that writes into the weights: nobody else may get this buffer.
@@ -232,6 +280,9 @@ class WeightStream:
         """Weights kept in memory are not those of the store any more: read them again at the next use."""
         with self._lock:
             self._drop_prefetched()
+            for shard in list(self._loaded.values()):
+                if self.optimizer is None or self.optimizer.trains(shard.layout.name):
+                    self._leave_device(shard)
             for name in self._resident & self._loaded.keys():
                 self._forget(self._loaded[name])
 
@@ -252,8 +303,10 @@ class WeightStream:
     def close(self) -> None:
         """Let go of everything read ahead or kept in memory; blocks until reads under way have ended."""
         with self._lock:
-            shards = [s for s in self._loaded.values() if s.prefetched or s.layout.name in self._resident]
             self._visits.clear()
+            for shard in list(self._loaded.values()):
+                self._leave_device(shard)
+            shards = [s for s in self._loaded.values() if s.prefetched or s.layout.name in self._resident]
         for shard in shards:
             if shard.transfer is not None:
                 # Only its end matters, nobody needs the bytes. Not under the lock: see `_forget`.
@@ -268,13 +321,16 @@ class WeightStream:
         current = self._loaded.get(name) is shard
         if shard.num_references > 0 or shard.prefetched or (current and name in self._resident):
             return
-        if current and self._visits and self._visits[0] == name and shard.is_whole():
-            shard.prefetched = True
-            return
-        if current:
+        if current and shard.on_device is None:
+            if self._visits and self._visits[0] == name and shard.is_whole():
+                shard.prefetched = True
+                return
             del self._loaded[name]
         shard.uploaded()
-        shard.buffer.release()
+        if shard.buffer is not None:
+            shard.buffer.release()
+            # What they refer to is another shard's memory from here on.
+            shard.buffer = shard.transfer = shard.job = None
 
     def _drop_prefetched(self, name: str | None = None) -> None:
         """Let go of what was read ahead and not asked for: of one shard, or of all."""
@@ -291,6 +347,7 @@ class WeightStream:
         The read is not waited for: I/O threads may be waiting for the lock, in `end_use`.
         """
         shard.prefetched = False
+        self._leave_device(shard)
         if self._loaded.get(shard.layout.name) is shard:
             del self._loaded[shard.layout.name]
         if shard.transfer is None or shard.transfer.done():
@@ -300,13 +357,23 @@ class WeightStream:
             shard.transfer.add_done_callback(lambda _transfer: self.end_use(shard))
 
     def _prefetch(self) -> None:
-        """Start reads for the next shards, in order, as far as buffers are free; never blocks."""
-        for name in self._soon():
+        """Start reads for the next shards, as far as buffers are free, and updates, in the order of visits; never blocks.
+
+        Weights that stayed in memory take no buffer: their pending updates begin however far off the visits are. But
+        behind one that must be read first, and cannot be yet, none begins: compute will wait for that one sooner.
+        """
+        soon, may_read, may_update = set(self._soon()), True, True
+        for name in dict.fromkeys(self._visits):
             shard = self._loaded.get(name)
-            if shard is not None and name in self._resident:
-                self._update_resident(shard)
-            elif shard is None and self._start(name, block=False) is None:
-                return
+            is_pending = self.optimizer is not None and self.optimizer.has_pending_update(name)
+            if shard is not None:
+                if is_pending and may_update and name in self._resident:
+                    self._update_resident(shard)
+            elif may_read and name in soon and (may_update or not is_pending):
+                may_read = self._start(name, block=False) is not None
+                may_update = may_update and (may_read or not is_pending)
+            elif is_pending:
+                may_update = False
 
     def _start(self, name: str, *, block: bool) -> LoadedShard | None:
         layout, optimizer = self._layouts[name], self.optimizer
@@ -346,6 +413,7 @@ class WeightStream:
         """Begin the pending update of weights that stayed in memory."""
         optimizer, name = self.optimizer, shard.layout.name
         if optimizer is not None and optimizer.has_pending_update(name):
+            self._leave_device(shard)
             shard.num_references += 1
             transfers = [shard.transfer] if shard.transfer is not None else []
             shard.job = optimizer.start_pending_update(name, shard.array, transfers, lambda: self.end_use(shard))

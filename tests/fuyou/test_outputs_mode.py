@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers.trainer_pt_utils import LabelSmoother
 
 import fuyou
-from fuyou.executor.step import micro_batch_seed
+from fuyou.executor.torch_state import micro_batch_seed
 from tests.fuyou.test_step import Pair
 from tests.tiny_models import tiny_batches
 

@@ -26,6 +26,7 @@ from fuyou.planner import (
     predict,
     traffic,
 )
+from fuyou.planning import check_plan
 from tests.tiny_models import tiny_model_config
 
 MIB = 2**20
@@ -191,11 +192,11 @@ def test_prediction_by_hand() -> None:
     layers, head, all_of = 48 * MIB, 4 * MIB, 56 * MIB
     compute = (8 * layers + 6 * head) * 100 / 1e9  # nothing is multiplied with the embedding
     assert predicted.limiting_lane == "gpu"
-    # 4 cores and 2 update workers: while both are busy, each has two thirds of what it wants.
+    # 4 cores and 4 update workers: while both are busy, each has half of what it wants.
     adam = all_of / 1e9
-    assert predicted.seconds == pytest.approx(compute + adam * 0.5, rel=0.01)
+    assert predicted.seconds == pytest.approx(compute + adam, rel=0.01)
     assert predicted.lane_seconds["gpu"] == pytest.approx(predicted.seconds, rel=0.01)
-    assert adam <= predicted.lane_seconds["cpu"] <= 1.5 * adam
+    assert adam <= predicted.lane_seconds["cpu"] <= 2 * adam
 
 
 def test_late_updates_where_the_forward_pass_leaves_the_drive_idle() -> None:
@@ -273,6 +274,61 @@ def test_frozen_blocks_take_no_gradients_and_states() -> None:
     made = plan(shards, least.host_memory_bytes // MIB, clipping=False)
     assert [b.name for b in made.blocks if b.state_bytes] == ["epilogue"]
     assert traffic(made.blocks) == (4 * 56 * MIB + 10 * 4 * MIB, 12 * 4 * MIB)
+
+
+def test_frozen_blocks_stay_on_the_gpu_where_its_memory_allows() -> None:
+    """In half of what the blocks under way, a layer's graph and its tokens' logits leave; none where those are not known."""
+    frozen = [
+        dataclasses.replace(s, trainable=s.name == "layers.7", width=1024, activation_bytes_per_token=8192)
+        if s.kind == "layer"
+        else dataclasses.replace(s, trainable=False)
+        for s in UNTIED
+    ]
+    options: dict[str, Any] = {
+        "device": "cuda",
+        "compute_dtype": "bfloat16",
+        "moment_dtype": "float32",
+        "host_memory_bytes": 256 * MIB,
+        "host_memory_reason": "as given",
+        "micro_batch_size": 2,
+        "sequence_length": 256,
+        "num_tokens": 2048,
+        "clipping": True,
+        "num_cores": 4,
+    }
+    tokens, vocabulary = 512, 4 * MIB // 1024
+    compute = tokens * (4 * 8192 + 14 * vocabulary)
+    room = least_memory(frozen).device + compute + 2 * (8 + 12 + 12) * MIB
+
+    def kept(shards: list[ShardSize], gpu_memory_bytes: int, **changes: Any) -> list[str]:
+        made = make_plan(shards, gpu_memory_bytes=gpu_memory_bytes, **(options | changes))
+        return [b.name for b in made.blocks if b.weights_on_device]
+
+    assert kept(frozen, room) == ["prologue", "layers.0", "layers.1"]
+    assert kept(frozen, room - 1) == ["prologue", "layers.0", "epilogue"]
+    assert len(kept(frozen, 2**34)) == 9
+    assert kept(frozen, 2**34, num_tokens=None) == []
+    assert kept(frozen, 2**34, device="cpu") == []
+    unknown = [dataclasses.replace(s, activation_bytes_per_token=0) for s in frozen]
+    assert kept(unknown, 2**34) == []
+    made = make_plan(frozen, gpu_memory_bytes=room, **options)
+    assert "weights of 3 frozen blocks" in made.reasons["weights_on_device"]
+    # Nothing of them is read, so that no host memory goes to them either.
+    assert not any(b.weights_in_host for b in made.blocks if b.weights_on_device)
+    short = dataclasses.replace(made, gpu_memory_bytes=least_memory(frozen).device + 31 * MIB)
+    config = fuyou.OffloadConfig(store="unused", compute_dtype="bfloat16")
+    check_plan(made, frozen, config, device="cuda", clipping=True)
+    with pytest.raises(fuyou.PlanError, match="weights_on_device of 32 MiB"):
+        check_plan(short, frozen, config, device="cuda", clipping=True)
+
+
+def test_reads_of_weights_that_stay_on_the_gpu_by_hand() -> None:
+    """Frozen: none. Late: for the forward pass. Early: for both, since the update needs them in host memory."""
+    early = plan(UNTIED, 120).blocks[1]
+    on_gpu = dataclasses.replace(early, weights_on_device=True)
+    frozen = dataclasses.replace(on_gpu, trainable=False)
+    late = dataclasses.replace(on_gpu, update_window="forward")
+    assert [b.num_weight_reads() for b in (early, on_gpu, late, frozen)] == [2, 2, 1, 0]
 
 
 # --- with real models ------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_speeds_of_a_drive_and_of_cores() -> None:
         "gpu": 1.0,
         "cpu": 1.0,
     }
-    assert lane_speeds(dataclasses.replace(GPU, device="cpu"))(frozenset({"gpu", "cpu"}))["gpu"] == pytest.approx(2 / 3)
+    assert lane_speeds(dataclasses.replace(GPU, device="cpu"))(frozenset({"gpu", "cpu"}))["gpu"] == pytest.approx(1 / 2)
 
 
 def test_compute_alone() -> None:
@@ -113,6 +113,31 @@ def test_early_updates_hide_behind_backward() -> None:
     step = simulate_step(blocks(40), GPU, num_tokens=20_000)
     compute = 40 * 8 * 10 * MEGA * 2e4 / 1e12
     assert step.seconds == pytest.approx(compute, rel=0.1)
+
+
+def test_weights_on_the_device_cross_the_link_once_or_never() -> None:
+    """Late ones before the forward pass, frozen ones not at all."""
+    linked = dataclasses.replace(GPU, link_bytes_per_second=1e9)
+    frozen = {"trainable": False, "state_bytes": 0, "gradient_bytes": 0}
+    late = {"update_window": "forward", "gradient": "host"}
+
+    def seconds(**changes: Any) -> float:
+        return simulate_step(blocks(4, **changes), linked, num_tokens=1000).lane_seconds["h2d"]
+
+    once = 4 * 20 * MEGA / 1e9
+    assert seconds(**frozen) == pytest.approx(2 * once)
+    assert seconds(**frozen, weights_on_device=True) == 0
+    assert seconds(**late) == pytest.approx(2 * once)
+    assert seconds(**late, weights_on_device=True) == pytest.approx(once)
+
+
+def test_late_updates_of_weights_in_memory_need_no_turn() -> None:
+    """They need no buffer: all of them begin when the backward pass ends, whatever is read ahead."""
+    late = blocks(12, update_window="forward", gradient="host", weights_in_host=True)
+    beside = simulate_step(late, GPU, num_tokens=8_000, prefetch_depth=1).seconds
+    assert beside == simulate_step(late, GPU, num_tokens=8_000, prefetch_depth=6).seconds
+    read = [dataclasses.replace(b, weights_in_host=False) for b in late]
+    assert beside < 0.97 * simulate_step(read, GPU, num_tokens=8_000, prefetch_depth=1).seconds
 
 
 def test_work_may_wait_for_the_forward_pass() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import greenlet
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -18,8 +19,9 @@ from transformers import AutoModelForCausalLM
 import fuyou
 import fuyou.runtime
 from fuyou.executor.device import Ready
-from fuyou.executor.step import micro_batch_seed
+from fuyou.executor.torch_state import micro_batch_seed
 from fuyou.executor.weights import NUM_ON_DEVICE
+from fuyou.plan import BlockPlan
 from optim import OffloadedAdamW
 from tests import reference
 from tests.reference import ReferenceTrainer
@@ -51,6 +53,7 @@ class Pair:
         micro_batch_size: int | None = 2,
         trainable: list[str] | None = None,
         activations: Any = "recompute",
+        edit: Callable[[BlockPlan], BlockPlan] | None = None,
     ) -> None:
         self.config = tiny_model_config(name)
         for key, value in (changes or {}).items():
@@ -63,11 +66,17 @@ class Pair:
             host_memory=host_memory,
             durability="step",  # whatever another test has measured
         )
-        if activations != "recompute":
+        if edit is not None or activations != "recompute":
+            edit = edit or (lambda b: dataclasses.replace(b, activations=activations) if b.kind == "layer" else b)
             plan = fuyou.plan_model(
-                self.config, offload=offload, batch_size=2, sequence_length=24, max_grad_norm=max_grad_norm
+                self.config,
+                offload=offload,
+                batch_size=2,
+                sequence_length=24,
+                max_grad_norm=max_grad_norm,
+                trainable=trainable,
             )
-            blocks = [dataclasses.replace(b, activations=activations) if b.kind == "layer" else b for b in plan.blocks]
+            blocks = map(edit, plan.blocks)
             offload = dataclasses.replace(offload, plan=dataclasses.replace(plan, blocks=tuple(blocks)))
         self.model = fuyou.from_config(self.config, offload=offload, seed=7, trainable=trainable)
         self.model.save_pretrained(folder / "start")
@@ -106,8 +115,8 @@ class Pair:
         """No weight bound, no gradient and no activation in memory, no greenlet waiting."""
         executor = self.model.fuyou._executor
         assert not executor._bound
-        assert not executor._open
-        assert executor._hub is None
+        assert not executor._gradients
+        assert not executor._forward.is_running
         pools = {pool.name: pool.used_bytes for pool in self.model.fuyou._pools}
         assert pools["activations"] == 0
         self.optimizer.zero_grad()
@@ -161,6 +170,31 @@ def test_forward_without_backward_is_forgotten(make: Callable[..., Pair]) -> Non
     expected = pair.reference.step(batch)
     assert pair.step(joined(batch))[1] == expected[1]
     pair.assert_equal()
+
+
+def test_no_greenlet_outlives_its_pass(make: Callable[..., Pair]) -> None:
+    """On CUDA the backward pass runs on another thread, where they could not be entered; also after an error."""
+    pair = make()
+    batch = joined(pair.batch())
+    inside: list[int] = []
+    layer = pair.model.model.layers[1]
+    hook = layer.register_forward_pre_hook(lambda *_: inside.append(num_greenlets()))
+
+    def num_greenlets() -> int:
+        return sum(isinstance(o, greenlet.greenlet) and bool(o) and not o.dead for o in gc.get_objects())
+
+    before = num_greenlets()
+    loss = pair.model(**batch).loss
+    assert max(inside) == before + 3  # one for each micro-batch
+    assert num_greenlets() == before
+    loss.backward()
+    assert num_greenlets() == before
+    hook.remove()
+    hook = layer.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pair.model(**batch)
+    hook.remove()
+    assert num_greenlets() == before
 
 
 def test_older_or_used_losses_are_refused(make: Callable[..., Pair]) -> None:
@@ -513,9 +547,11 @@ class LateDevice:
     buffer to somebody else, is found out at the next copy.
     """
 
+    has_own_memory = True
+
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
-        self.num_uploads = self.num_downloads = self.most_weights = 0
+        self.num_uploads = self.num_weight_uploads = self.num_downloads = self.most_weights = 0
         self._weights: dict[int, torch.Tensor] = {}
         self._under_way: dict[int, tuple[bool, Callable[[], None]]] = {}
         # The optimizer's threads wait for copies, too.
@@ -531,6 +567,7 @@ class LateDevice:
         assert not self._weights
 
     def upload_weights(self, host: torch.Tensor) -> tuple[torch.Tensor, Ready]:
+        self.num_weight_uploads += 1
         device, ready = self.upload(host)
         self._weights[device.data_ptr()] = device
         self.most_weights = max(self.most_weights, len(self._weights))
@@ -630,6 +667,51 @@ def test_device_with_memory_of_its_own(
     assert device.num_downloads > 0
     # Those that stay in host memory, too, are on the device for their turn alone.
     assert 0 < device.most_weights <= NUM_ON_DEVICE
+    assert not device._weights
+
+
+@pytest.mark.parametrize("in_host", [True, False])
+@pytest.mark.parametrize("trainable", [None, ["model.layers.1"]])
+def test_weights_that_stay_on_the_device(
+    make: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, trainable: list[str] | None, in_host: bool
+) -> None:
+    """Frozen ones for good, late ones from forward to backward: not read, not copied again, and never older than a step."""
+    device = LateDevice()
+    monkeypatch.setattr(fuyou.runtime, "make_device", lambda *_args: device)
+
+    def edit(block: BlockPlan) -> BlockPlan:
+        late = block.trainable and not block.name.endswith("1")
+        changes: dict[str, Any] = {"update_window": "forward", "gradient": "host"} if late else {}
+        return dataclasses.replace(
+            block, weights_on_device=True, weights_in_host=in_host, states_in_host=False, **changes
+        )
+
+    pair = make(max_grad_norm=0.5 if trainable is None else 1e9, trainable=trainable, edit=edit)
+    plan, runtime = pair.model.fuyou.plan, pair.model.fuyou
+    uploads, read = 0, 0
+    for seed in (3, 4, 5, 6):
+        batch = pair.batch(seed=seed)
+        uploads, read = device.num_weight_uploads, runtime.bytes_moved[0]
+        pair.model.eval()
+        with torch.no_grad():
+            assert torch.isfinite(pair.model(**joined(batch)).loss)
+        pair.model.train()
+        assert pair.step(joined(batch)) == pair.reference.step(batch)
+        runtime.flush()
+    pair.assert_equal()
+    device.check()
+    kept = {b.name for b in plan.blocks if not b.trainable}
+    assert {name for name, shard in runtime._weights._loaded.items() if shard.on_device is not None} == kept
+    if trainable is not None:
+        # The one that is trained comes for evaluation, forward and backward pass; all others were there.
+        assert device.num_weight_uploads - uploads == 3
+        states = sum(b.state_bytes for b in plan.blocks)
+        weights = sum(b.weight_bytes for b in plan.blocks if b.trainable)
+        assert runtime.bytes_moved[0] - read == states + (0 if in_host else 3 * weights)
+    else:
+        # Late ones once for both passes, the early one for each; each for the evaluation; late ones for the flush.
+        assert device.num_weight_uploads - uploads == 2 * len(plan.blocks) + 1 + len(plan.blocks) - 1
+    runtime.close()
     assert not device._weights
 
 

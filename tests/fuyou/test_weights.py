@@ -148,6 +148,18 @@ def test_states_edited_in_the_store_are_read_anew(streamed: Streamed) -> None:
     assert streamed.visit("a") == 7
 
 
+def test_what_stays_in_memory_does_not_count_as_read_ahead() -> None:
+    streamed = Streamed(resident=frozenset("abc"), num_buffers=5)
+    assert [streamed.visit(name) for name in "abc"] == [0, 1, 2]
+    streamed.stream.announce([*"abcdef"])
+    assert streamed.num_reads() == 5  # d and e, while a, b and c are computed with
+    assert [streamed.visit(name) for name in "abcdef"] == [0, 1, 2, 3, 4, 5]
+    assert streamed.num_reads() == 6
+    streamed.stream.close()
+    assert streamed.pool.used_bytes == 0
+    streamed.pool.close()
+
+
 def test_a_block_that_stays_gives_way_where_memory_is_short() -> None:
     streamed = Streamed(num_buffers=1)
     streamed.stream.announce([*"aab"])
@@ -323,6 +335,33 @@ def test_whatever_comes_between_nothing_stale_is_read_and_nothing_written_is_cha
     expected, expected_states = run(Trained(tmp_path / "prompt", "forward", resident=False, prefetch_depth=1))
     assert found == expected
     assert all(torch.equal(state, other) for state, other in zip(states, expected_states, strict=True))
+
+
+def test_late_updates_in_memory_begin_before_their_visit(tmp_path: Path) -> None:
+    """All of them with the forward pass, in the order of their visits, and none behind one that must be read first."""
+    run = Trained(tmp_path / "all", "forward", prefetch_depth=1)
+    with run.runtime:
+        run.step()
+        pending: list[str] = []
+        announce = run.runtime._weights.announce
+
+        def announced(visits: Any, **options: Any) -> None:
+            order = list(visits)
+            announce(order, **options)
+            pending.extend(name for name in order if run.optimizer.has_pending_update(name))
+
+        run.runtime._weights.announce = announced
+        run.step()
+        assert pending == []
+        weights = run.runtime._weights
+        weights._resident = frozenset({"prologue", "model.layers.0", "epilogue"})
+        for name in ("model.layers.1", "model.layers.2"):
+            weights._forget(weights._loaded[name])
+        loss = run.forward()
+        # One is read ahead. The next one's turn has not come, and what is behind it waits, too.
+        assert list(dict.fromkeys(pending)) == ["model.layers.2", "epilogue"]
+        loss.backward()
+        run.finish_step(loss)
 
 
 def test_waits_of_compute_are_named(tmp_path: Path) -> None:

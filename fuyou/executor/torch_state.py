@@ -1,0 +1,60 @@
+"""The state of torch that belongs to a micro-batch and not to the thread: random numbers and autocast."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+
+def micro_batch_seed(seed: int, step: int, micro_batch: int) -> int:
+    """Seed of torch's generators for one micro-batch of one step, so that runs repeat whatever ran in between.
+
+    The first eight bytes, little-endian, of sha256("fuyou:{seed}:{step}:{micro_batch}"), without the sign bit.
+    """
+    digest = hashlib.sha256(f"fuyou:{seed}:{step}:{micro_batch}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") & (2**63 - 1)
+
+
+class TorchState:
+    """Reads and sets the calling thread's state for compute on one device."""
+
+    def __init__(self, torch_device: torch.device) -> None:
+        self._torch_device = torch_device
+
+    def seeded(self, seed: int) -> tuple[torch.Tensor, ...]:
+        """The generators' state after torch.manual_seed(seed); leaves them as they are."""
+        outer = self.get_rng()
+        torch.manual_seed(seed)
+        state = self.get_rng()
+        self.set_rng(outer)
+        return state
+
+    def get_rng(self) -> tuple[torch.Tensor, ...]:
+        """The host's generator, and the device's if it has one of its own."""
+        if self._torch_device.type == "cuda":
+            return torch.get_rng_state(), torch.cuda.get_rng_state(self._torch_device)
+        return (torch.get_rng_state(),)
+
+    def set_rng(self, state: tuple[torch.Tensor, ...]) -> None:
+        """What `get_rng` gave."""
+        torch.set_rng_state(state[0])
+        if len(state) > 1:
+            torch.cuda.set_rng_state(state[1], self._torch_device)
+
+    def get_autocast(self) -> tuple[bool, torch.dtype]:
+        """Whether autocast is on, and its dtype."""
+        device_type = self._torch_device.type
+        return torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+
+    def set_autocast(self, autocast: tuple[bool, torch.dtype]) -> None:
+        """What `get_autocast` gave."""
+        device_type = self._torch_device.type
+        torch.set_autocast_enabled(device_type, autocast[0])
+        torch.set_autocast_dtype(device_type, autocast[1])
+
+    def autocast(self, autocast: tuple[bool, torch.dtype]) -> torch.autocast:
+        """A context in which autocast is like this."""
+        # Without the cache: it would return casts of weights that have been replaced since.
+        enabled, dtype = autocast
+        return torch.autocast(self._torch_device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
