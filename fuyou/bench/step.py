@@ -16,13 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fuyou.bench import MIN_REPEATS, SHAPES, choose, llama, median_ratio, spread, take_turns
+from fuyou.bench import MIN_REPEATS, SHAPES, choose, existing_directory, llama, median_ratio, spread, take_turns
+from fuyou.errors import ConfigError
 
 if TYPE_CHECKING:
     from io_engine import Extent, Transfer
 
 SUMMARY = "a training step beside its transfers alone, its compute alone, and torch in memory"
 
+NUM_WARM_UP_STEPS = 2
 NUM_COPIES = 8
 COPY_BYTES = 16 << 20
 """Of a transfer of the limit; more of them under way than a step has."""
@@ -30,67 +32,84 @@ COPY_BYTES = 16 << 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options."""
-    parser.add_argument("directory", nargs="?", default=".", help="a directory on the drive to measure (here)")
+    parser.add_argument("directories", nargs="*", help="a directory on each drive to measure (here)")
     parser.add_argument("--size", choices=SHAPES, default="206M", help="parameters of a Llama (206M)")
-    parser.add_argument("--rows", type=int, default=2, help="rows of a step (2)")
+    parser.add_argument("--layers", type=int, default=None, help="layers of that width (the size's own)")
+    parser.add_argument("--rows", type=int, default=2, help="rows of a micro-batch (2)")
+    parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches of a step (1)")
     parser.add_argument("--length", type=int, default=40, help="tokens of a row (40)")
     parser.add_argument("--device", default=None, help="cuda or cpu (cuda if there is one)")
     parser.add_argument(
         "--compute-dtype", choices=("bfloat16", "float32"), default=None, help="(bfloat16; float32 on a CPU)"
     )
     parser.add_argument("--host-memory", default="1GiB", metavar="SIZE", help="budget (1GiB)")
+    parser.add_argument(
+        "--without-torch", action="store_true", help="leave out torch in memory, which needs 16 B a parameter"
+    )
     parser.add_argument("--repeats", type=int, default=MIN_REPEATS, help=f"rounds ({MIN_REPEATS})")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measure; blocks for minutes. Makes stores in a temporary folder of the directory."""
+    for name in ("layers", "rows", "length", "micro_batches", "repeats"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be 1 or more")
     device, dtype = choose(options.device, options.compute_dtype)
-    with tempfile.TemporaryDirectory(prefix="fuyou-bench-", dir=options.directory) as folder:
-        return _measure(Path(folder), options, device, dtype)
+    with contextlib.ExitStack() as stack:
+        folders = [
+            Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fuyou-bench-", dir=existing_directory(path))))
+            for path in options.directories or ["."]
+        ]
+        return _measure(folders, options, device, dtype)
 
 
-def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any) -> dict[str, Any]:
+def _measure(folders: list[Path], options: argparse.Namespace, device: str, dtype: Any) -> dict[str, Any]:
     import torch
     from transformers import LlamaForCausalLM
 
     import fuyou
 
+    num_rows = options.rows * options.micro_batches
     config = llama(options.size, options.length)
-    hardware = fuyou.measure_hardware(folder, device, dtype)
-    ids = torch.randint(0, 256, (options.rows, options.length), generator=torch.Generator().manual_seed(0))
+    config.num_hidden_layers = options.layers or config.num_hidden_layers
+    hardware = fuyou.measure_hardware(folders, device, dtype)
+    ids = torch.randint(0, 256, (num_rows, options.length), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids.to(device), "labels": ids.to(device)}
 
     def streamed(name: str, host_memory: str, like: Any = None) -> Any:
-        offload = fuyou.OffloadConfig(store=folder / name, device=device, compute_dtype=dtype, host_memory=host_memory)
+        offload = fuyou.OffloadConfig(
+            store=[folder / name for folder in folders],
+            device=device,
+            compute_dtype=dtype,
+            host_memory=host_memory,
+            micro_batch_size=options.rows,
+        )
         # With the batch known, as from a recipe: windows of updates are chosen by how long compute takes.
         plan = fuyou.plan_model(
-            config, offload=offload, batch_size=options.rows, sequence_length=options.length, max_grad_norm=1e9
+            config, offload=offload, batch_size=num_rows, sequence_length=options.length, max_grad_norm=1e9
         )
-        if like is not None:  # the same operations are computed, and computed again
-            blocks = (
-                dataclasses.replace(b, activations=a.activations) for b, a in zip(plan.blocks, like.blocks, strict=True)
-            )
-            plan = dataclasses.replace(plan, blocks=tuple(blocks))
+        if like is not None:
+            plan = dataclasses.replace(plan, blocks=tuple(map(_with_activations_of, plan.blocks, like.blocks)))
         offload = dataclasses.replace(offload, plan=plan)
         model = fuyou.from_config(config, offload=offload, seed=0)
         return model, fuyou.AdamW(model, lr=1e-4, max_grad_norm=1e9)
 
-    ours, optimizer = streamed("store", options.host_memory)
-    # All in host memory, and what would be written is dropped: compute and arithmetic as in a step, no transfer.
-    whole, whole_optimizer = streamed("memory", "64GiB", like=ours.fuyou.plan)
-    plain: Any = LlamaForCausalLM(config)
-    plain.to(device=device, dtype=getattr(torch, dtype)).train()
-    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4, fused=True)
     losses: dict[str, list[float]] = {"step": [], "in_memory": []}
-
     allocations = [0]
 
     def step_of(model: Any, stepper: Any, name: str | None) -> None:
         before = _device_allocations(device)
-        loss = model(**batch).loss
-        loss.backward()
-        if model is plain:
-            torch.nn.utils.clip_grad_norm_(plain.parameters(), 1e9)
+        if hasattr(model, "fuyou"):
+            loss = model(**batch).loss
+            loss.backward()
+        else:
+            loss = torch.zeros(())
+            for part in ids.to(device).split(options.rows):
+                partial_loss = model(input_ids=part, labels=part).loss / options.micro_batches
+                partial_loss.backward()
+                loss = loss + partial_loss.detach().cpu()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
         stepper.step()
         stepper.zero_grad()
         if device != "cpu":
@@ -100,36 +119,47 @@ def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any)
         if name is not None:
             losses[name].append(float(loss.detach()))
 
-    with ours.fuyou, whole.fuyou:
-        for _ in range(2):  # what is kept in memory is there afterwards
+    ours, optimizer = streamed("store", options.host_memory)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(ours.fuyou)
+        peak_bytes = 0
+        for _ in range(NUM_WARM_UP_STEPS):  # what is kept in memory is there afterwards
             step_of(ours, optimizer, None)
-            step_of(whole, whole_optimizer, None)
+            peak_bytes = max(peak_bytes, ours.fuyou.step_metrics()["peak_host_bytes"])
         ours.fuyou.flush()
+        # All in host memory, and what would be written is dropped: compute and arithmetic as in a step, no transfer.
+        whole, whole_optimizer = streamed("memory", "64GiB", like=ours.fuyou.plan)
+        stack.enter_context(whole.fuyou)
+        for _ in range(NUM_WARM_UP_STEPS):
+            step_of(whole, whole_optimizer, None)
         whole.fuyou.flush()
         copies = _Copies(ours)
         # Nothing may be written there any more: what is committed from here on was never on the drive.
         with _no_writes(whole), copies:
-            seconds = take_turns(
-                {
-                    "step": lambda: step_of(ours, optimizer, "step"),
-                    "transfers": copies.run,
-                    "compute": lambda: step_of(whole, whole_optimizer, None),
-                    "in_memory": lambda: step_of(plain, plain_optimizer, "in_memory"),
-                },
-                options.repeats,
-            )
+            contestants = {
+                "step": lambda: step_of(ours, optimizer, "step"),
+                "transfers": copies.run,
+                "compute": lambda: step_of(whole, whole_optimizer, None),
+            }
+            if not options.without_torch:
+                plain: Any = LlamaForCausalLM(config)
+                plain.to(device=device, dtype=getattr(torch, dtype)).train()
+                plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4, fused=True)
+                contestants["in_memory"] = lambda: step_of(plain, plain_optimizer, "in_memory")
+            seconds = take_turns(contestants, options.repeats)
             whole.fuyou.abandon()
         metrics = ours.fuyou.step_metrics()
         predicted = ours.fuyou.plan
         moved = copies.bytes_read, copies.bytes_written
     limit = [max(a, b) for a, b in zip(seconds["transfers"], seconds["compute"], strict=True)]
-    num_parameters = sum(p.numel() for p in plain.parameters())
     simulated = _simulated(predicted, hardware, ids.numel())
     return {
         "ratio": median_ratio(seconds["step"], limit),
-        "beside_in_memory": median_ratio(seconds["in_memory"], seconds["step"]),
+        "beside_in_memory": None if options.without_torch else median_ratio(seconds["in_memory"], seconds["step"]),
         "size": options.size,
-        "num_parameters": num_parameters,
+        "num_parameters": predicted.num_parameters,
+        "num_layers": config.num_hidden_layers,
+        "num_micro_batches": options.micro_batches,
         "num_tokens": ids.numel(),
         "tokens_per_second": ids.numel() / statistics.median(seconds["step"]),
         "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
@@ -143,8 +173,9 @@ def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any)
         "peak_gpu_bytes": metrics["peak_gpu_bytes"],
         # Of our steps behind the first, which grows torch's cache; what stands between them may shrink it.
         "device_allocations": sum(allocations[2:]),
-        "peak_host_bytes": metrics["peak_host_bytes"],
-        "learns": all(values[-1] < values[0] for values in losses.values()),
+        # Before torch's own model and the one without transfers were made.
+        "peak_host_bytes": peak_bytes,
+        "learns": all(values[-1] < values[0] for values in losses.values() if values),
         "torch": torch.__version__,
     } | {name: {"seconds": statistics.median(values), "spread": spread(values)} for name, values in seconds.items()}
 
@@ -153,7 +184,10 @@ def describe(result: dict[str, Any]) -> str:
     """The result for people."""
     lines = [
         f"step / limit        {result['ratio']:.3f}   (the longer of transfers alone and compute alone)",
-        f"torch in memory / step  {result['beside_in_memory']:.3f}",
+    ]
+    if result["beside_in_memory"] is not None:
+        lines.append(f"torch in memory / step  {result['beside_in_memory']:.3f}")
+    lines += [
         f"{result['size']} parameters, {result['num_tokens']} tokens, {result['compute_dtype']} on {result['device']}, "
         f"{result['tokens_per_second']:.0f} tokens/s, limited by {result['limiting_lane']}",
         f"predicted {result['predicted_seconds']:.3f} s ({100 * result['prediction_error']:+.0f} %)",
@@ -164,8 +198,20 @@ def describe(result: dict[str, Any]) -> str:
         ("compute", "compute and Adam alone"),
         ("in_memory", "torch in memory"),
     ):
-        lines.append(f"{text:<24}{result[name]['seconds']:.3f} s  +-{100 * result[name]['spread']:.0f} %")
+        if name in result:
+            lines.append(f"{text:<24}{result[name]['seconds']:.3f} s  +-{100 * result[name]['spread']:.0f} %")
     return "\n".join(lines)
+
+
+def _with_activations_of(block: Any, other: Any) -> Any:
+    """The block with the other plan's choice for activations, which then need no transfer.
+
+    Else the step without transfers, with all memory, would compute less than the step beside which it stands.
+    """
+    places = other.activations
+    if isinstance(places, str):
+        return dataclasses.replace(block, activations="host" if places == "ssd" else places)
+    return dataclasses.replace(block, activations={n: "host" if p == "ssd" else p for n, p in places.items()})
 
 
 def _simulated(plan: Any, hardware: Any, num_tokens: int) -> float:

@@ -76,3 +76,25 @@ def test_bench_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert hardware is not None
     assert 0 < hardware.seconds_per_block < found["predicted_seconds"]
     assert "a bare loop that reads the same bytes" in fuyou.bench.generate.describe(found)
+
+
+def test_bench_step_over_two_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setitem(fuyou.bench.SHAPES, "26M", (64, 128, 2, 2))
+    drives = [tmp_path / "a", tmp_path / "b"]
+    for drive in drives:
+        drive.mkdir()
+    shape = ["--size", "26M", "--layers", "3", "--rows", "1", "--length", "8", "--micro-batches", "3"]
+    few = ["--repeats", "2", "--device", "cpu", "--host-memory", "32MiB", "--without-torch"]
+    assert main(["bench", "step", *map(str, drives), *shape, *few, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["num_layers"] == 3
+    assert found["num_tokens"] == 24
+    assert found["num_parameters"] == 2 * 256 * 64 + 64 + 3 * (4 * 64 * 64 + 3 * 64 * 128 + 2 * 64)
+    assert found["learns"]
+    assert "in_memory" not in found
+    assert found["peak_host_bytes"] > 0
+    assert [list(drive.iterdir()) for drive in drives] == [[], []]
+    assert main(["bench", "step", str(tmp_path / "missing")]) == 2
+    assert f"{tmp_path}/missing does not exist" in capsys.readouterr().err
+    assert main(["bench", "step", str(tmp_path), "--micro-batches", "0"]) == 2
+    assert "--micro-batches 0: must be 1 or more" in capsys.readouterr().err
