@@ -94,7 +94,7 @@ class StepExecutor:
         return self._gradients.optimizer
 
     @optimizer.setter
-    def optimizer(self, optimizer: OffloadedAdamW) -> None:
+    def optimizer(self, optimizer: OffloadedAdamW | None) -> None:
         self._gradients.optimizer = optimizer
 
     @property
