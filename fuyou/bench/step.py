@@ -60,8 +60,10 @@ def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any)
     ids = torch.randint(0, 256, (options.rows, options.length), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids.to(device), "labels": ids.to(device)}
 
-    def streamed(name: str, host_memory: str, like: Any = None) -> Any:
-        offload = fuyou.OffloadConfig(store=folder / name, device=device, compute_dtype=dtype, host_memory=host_memory)
+    def streamed(name: str, host_memory: str, like: Any = None, **durability: Any) -> Any:
+        offload = fuyou.OffloadConfig(
+            store=folder / name, device=device, compute_dtype=dtype, host_memory=host_memory, **durability
+        )
         # With the batch known, as from a recipe: windows of updates are chosen by how long compute takes.
         plan = fuyou.plan_model(
             config, offload=offload, batch_size=options.rows, sequence_length=options.length, max_grad_norm=1e9
@@ -75,9 +77,11 @@ def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any)
         model = fuyou.from_config(config, offload=offload, seed=0)
         return model, fuyou.AdamW(model, lr=1e-4, max_grad_norm=1e9)
 
-    ours, optimizer = streamed("store", options.host_memory)
+    ours, optimizer = streamed("store", options.host_memory, durability="step")
     # All in host memory, and what would be written is dropped: compute and arithmetic as in a step, no transfer.
-    whole, whole_optimizer = streamed("memory", "64GiB", like=ours.fuyou.plan)
+    whole, whole_optimizer = streamed(
+        "memory", "64GiB", like=ours.fuyou.plan, durability="checkpoint", commit_every_steps=1000
+    )
     plain: Any = LlamaForCausalLM(config)
     plain.to(device=device, dtype=getattr(torch, dtype)).train()
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4, fused=True)
