@@ -77,13 +77,14 @@ def _measure(folders: list[Path], options: argparse.Namespace, device: str, dtyp
     ids = torch.randint(0, 256, (num_rows, options.length), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids.to(device), "labels": ids.to(device)}
 
-    def streamed(name: str, host_memory: str, like: Any = None) -> Any:
+    def streamed(name: str, host_memory: str, like: Any = None, **durability: Any) -> Any:
         offload = fuyou.OffloadConfig(
             store=[folder / name for folder in folders],
             device=device,
             compute_dtype=dtype,
             host_memory=host_memory,
             micro_batch_size=options.rows,
+            **durability,
         )
         # With the batch known, as from a recipe: windows of updates are chosen by how long compute takes.
         plan = fuyou.plan_model(
@@ -119,7 +120,7 @@ def _measure(folders: list[Path], options: argparse.Namespace, device: str, dtyp
         if name is not None:
             losses[name].append(float(loss.detach()))
 
-    ours, optimizer = streamed("store", options.host_memory)
+    ours, optimizer = streamed("store", options.host_memory, durability="step")
     with contextlib.ExitStack() as stack:
         stack.enter_context(ours.fuyou)
         peak_bytes = 0
@@ -128,7 +129,9 @@ def _measure(folders: list[Path], options: argparse.Namespace, device: str, dtyp
             peak_bytes = max(peak_bytes, ours.fuyou.step_metrics()["peak_host_bytes"])
         ours.fuyou.flush()
         # All in host memory, and what would be written is dropped: compute and arithmetic as in a step, no transfer.
-        whole, whole_optimizer = streamed("memory", "64GiB", like=ours.fuyou.plan)
+        whole, whole_optimizer = streamed(
+            "memory", "64GiB", like=ours.fuyou.plan, durability="checkpoint", commit_every_steps=1000
+        )
         stack.enter_context(whole.fuyou)
         for _ in range(NUM_WARM_UP_STEPS):
             step_of(whole, whole_optimizer, None)
