@@ -92,7 +92,7 @@ def test_costs_by_hand() -> None:
     assert [state_bytes_per_parameter(d, "float32") for d in ("bfloat16", "float32")] == [10, 8]
     assert [state_bytes_per_parameter(d, "bfloat16") for d in ("bfloat16", "float32")] == [6, 4]
     assert [state_bytes_per_parameter(d, "int8") for d in ("bfloat16", "float32")] == [4 + 1 / 32, 2 + 1 / 32]
-    assert [num_update_workers("cpu", n) for n in (1, 2, 8)] == [1, 1, 4]
+    assert [num_update_workers("cpu", n) for n in (1, 2, 8)] == [1, 2, 8]
     assert [num_update_workers("cuda", n) for n in (1, 2, 8)] == [1, 1, 6]
 
 
