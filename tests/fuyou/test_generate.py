@@ -87,7 +87,8 @@ def check_with_adapters(plain: Any, model: Any) -> None:
     """The same with peft's adapters around both, which change the tokens."""
     import peft
 
-    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    options = {"target_modules": "all-linear", "fan_in_fan_out": plain.config.model_type == "gpt2"}
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", init_lora_weights=False, **options)
     without = tokens(plain, prompts("left"), **GREEDY)
     adapted = []
     for base in (plain, model):
