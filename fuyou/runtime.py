@@ -1103,9 +1103,12 @@ def _shape_of(calls: Iterable[Mapping[str, Any]]) -> StepShape:
     """Of micro-batches with these arguments."""
     shape = StepShape()
     for arguments in calls:
-        ids = arguments.get("input_ids")
-        rows, length = (ids if ids is not None else arguments["inputs_embeds"]).shape[:2]
-        shape = shape.plus(StepShape(int(rows * length), 1, int(length)))
+        for name in ("input_ids", "inputs_embeds", "labels"):
+            value = arguments.get(name)
+            if isinstance(value, torch.Tensor) and value.ndim >= 2:
+                rows, length = value.shape[:2]
+                shape = shape.plus(StepShape(int(rows * length), 1, int(length)))
+                break
     return shape
 
 
