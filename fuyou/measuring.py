@@ -70,6 +70,8 @@ class _Effort:
     together_seconds: float = 0.6
     """For which works are repeated side by side."""
     file_bytes: int = 256 * 2**20
+    retry_until_seconds: float = 0.0
+    """Of time.perf_counter: until then what was disturbed is measured again."""
 
 
 EFFORTS = {
@@ -87,12 +89,12 @@ def _effort(device: str) -> _Effort:
     return EFFORTS["cpu" if device == "cpu" else "cuda"]
 
 
-MOST_OTHERS, MOST_ATTEMPTS = 0.1, 6
-"""Share of the cores that other processes may have taken during a measurement, and how often it is made at most."""
+MOST_OTHERS, MOST_RETRYING_SECONDS = 0.1, 40.0
+"""Share of the cores that other processes may have taken during a measurement, and how long into it all one is repeated."""
 _Result = TypeVar("_Result")
 
 
-def undisturbed(measure: Callable[[], _Result]) -> _Result:
+def undisturbed(effort: _Effort, measure: Callable[[], _Result]) -> _Result:
     """What a measurement finds while other processes are quiet, or in the quietest of several attempts.
 
     Products are made by all cores at once and wait for the slowest: one busy process makes small ones many times slower,
@@ -103,10 +105,8 @@ def undisturbed(measure: Callable[[], _Result]) -> _Result:
         before = Counters.now()
         found = measure()
         share = before.others_share(Counters.now(), num_cores())
-        if os.environ.get("FUYOU_QUICK_MEASUREMENT") == "1":
-            return found
         attempts.append((share, found))
-        if share <= MOST_OTHERS or len(attempts) == MOST_ATTEMPTS:
+        if share <= MOST_OTHERS or time.perf_counter() > effort.retry_until_seconds:
             return min(attempts, key=lambda attempt: attempt[0])[1]
 
 
@@ -121,6 +121,8 @@ def measure_hardware(directories: Directories, device: str, compute_dtype: str =
     return_freed_memory()
     paths = drives_of(directories)
     effort = _effort(device)
+    if effort is not EFFORTS["quick"]:
+        effort = dataclasses.replace(effort, retry_until_seconds=time.perf_counter() + MOST_RETRYING_SECONDS)
     drives = [probe_directory(path, num_bytes=effort.file_bytes) for path in paths]
     num_workers = num_update_workers(device, num_cores())
     on_cpu = device == "cpu"
@@ -193,7 +195,7 @@ def _compute_samples(effort: _Effort, drive: Path, device: str, compute_dtype: s
                 for num_tokens in effort.tokens:
                     times: list[float] = []
                     for policy in POLICIES:
-                        times += undisturbed(functools.partial(layer.times, num_tokens, policy, effort))
+                        times += undisturbed(effort, functools.partial(layer.times, num_tokens, policy, effort))
                     multiplied = layer.num_parameters + num_tokens * width
                     yield ComputeSample(multiplied, num_tokens, *times)
 
@@ -295,7 +297,7 @@ def _embedding_gradient_rate(effort: _Effort, device: str, compute_dtype: str) -
         return table.weight.numel()
 
     work()
-    return statistics.median(undisturbed(lambda: _timed(effort, work)))
+    return statistics.median(undisturbed(effort, lambda: _timed(effort, work)))
 
 
 def _seconds_per_block(drive: Path, device: str, compute_dtype: str) -> float:
@@ -433,7 +435,7 @@ def _update_rate(effort: _Effort, compute_dtype: str, moment_dtype: str, num_wor
     """Parameters per second with all workers: the median of what fits into a part of a second."""
     warm_up(moment_dtype)
     with contextlib.closing(_Updates(compute_dtype, moment_dtype, num_workers)) as updates:
-        return statistics.median(undisturbed(lambda: _timed(effort, updates)))
+        return statistics.median(undisturbed(effort, lambda: _timed(effort, updates)))
 
 
 def _timed(effort: _Effort, work: Callable[[], float]) -> list[float]:
@@ -571,10 +573,10 @@ def _shares(
     works = {**others, **compute}
     alone: dict[str, float] = {}
     for name, work in works.items():
-        alone |= undisturbed(functools.partial(_rates, effort, {name: work}))
+        alone |= undisturbed(effort, functools.partial(_rates, effort, {name: work}))
     for count in range(2, len(works) + 1):
         for names in itertools.combinations(sorted(works), count):
-            rates = undisturbed(functools.partial(_rates, effort, {name: works[name] for name in names}))
+            rates = undisturbed(effort, functools.partial(_rates, effort, {name: works[name] for name in names}))
             found["+".join(names)] = {name: min(1.0, rates[name] / alone[name]) for name in names}
 
 
