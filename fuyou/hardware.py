@@ -102,7 +102,8 @@ class HardwareProfile:
             self,
             compute_flops_per_second=self.compute_flops_per_second / gpu,
             compute_samples=tuple(
-                ComputeSample(*s[:2], *(gpu * seconds for seconds in s[2:])) for s in self.compute_samples
+                ComputeSample(s.multiplied_parameters, s.num_tokens, *(gpu * seconds for seconds in s[2:]))
+                for s in self.compute_samples
             ),
             gradient_parameters_per_second=self.gradient_parameters_per_second / gpu,
             adam_parameters_per_second=self.adam_parameters_per_second / cpu,

@@ -290,7 +290,9 @@ def _embedding_gradient_rate(effort: _Effort, device: str, compute_dtype: str) -
 
     def work() -> float:
         table(ids).sum().backward()
-        total.add_(table.weight.grad)
+        gradient = table.weight.grad
+        assert gradient is not None
+        total.add_(gradient)
         table.weight.grad = None
         if device != "cpu":
             torch.cuda.synchronize(device)
