@@ -48,6 +48,8 @@ VOCABULARY = 64
 if TYPE_CHECKING:
     from fuyou.runtime import Runtime
 
+LEAST_FREE_BYTES = 4 * 2**30
+"""Of host memory, for the larger layer to be timed."""
 CACHE_BYTES = 64 * 2**20
 """Written between two repeats: in a step a layer's weights have come from the drive, and are in no cache."""
 CHUNK_ELEMENTS, NUM_CHUNKS = 2**21, 4
@@ -113,7 +115,7 @@ def undisturbed(effort: _Effort, measure: Callable[[], _Result]) -> _Result:
 def measure_hardware(directories: Directories, device: str, compute_dtype: str = "bfloat16") -> HardwareProfile:
     """Measure compute, updates and the drives under `directories` (or their nearest existing parents), alone and together.
 
-    Blocks for up to a minute; takes a few hundred MiB of memory and 256 MiB of each drive meanwhile. Several drives work
+    Blocks for up to a minute; takes half a GiB of memory and of each drive meanwhile (2 GiB for a GPU). Several drives work
     side by side, so that their rates add up; directories of one file system count once. The result is kept for
     `cached_hardware`. OSError for a directory that cannot be written.
     """
@@ -190,7 +192,9 @@ POLICIES: tuple[Activations, ...] = ("recompute", "host", "ssd")
 def _compute_samples(effort: _Effort, drive: Path, device: str, compute_dtype: str) -> Iterator[ComputeSample]:
     """Layers in the engine itself: what it does around a layer takes its time too, more than the layer where that is small."""
     with tempfile.TemporaryDirectory(prefix=".fuyou-measuring-", dir=drive) as folder:
-        for number, (width, num_heads) in enumerate(effort.widths):
+        # Where memory is short a step of such layers would not fit either.
+        count = len(effort.widths) if available_host_bytes() >= LEAST_FREE_BYTES else 1
+        for number, (width, num_heads) in enumerate(effort.widths[:count]):
             with _EngineLayer(Path(folder) / str(number), width, num_heads, device, compute_dtype, effort) as layer:
                 for num_tokens in effort.tokens:
                     times: list[float] = []
@@ -218,12 +222,18 @@ class _EngineLayer:
                 device=device,
                 compute_dtype=compute_dtype,  # type: ignore[arg-type]
                 host_memory="64GiB",  # as much as it takes, which is less
+                # Never used: nothing is updated.
+                moment_dtype="int8",
                 durability="checkpoint",
                 micro_batch_size=1,
             ),
         )
         self._runtime: Runtime = self._model.fuyou
-        self._optimizer = fuyou.AdamW(self._model)
+        try:
+            self._optimizer = fuyou.AdamW(self._model)
+        except BaseException:
+            self._runtime.abandon()
+            raise
         self._evict = torch.ones(CACHE_BYTES // 4) if device == "cpu" else None
         layer = next(b for b in self._runtime.plan.blocks if b.kind == "layer")
         self._name, self.num_parameters = layer.name, layer.num_parameters
