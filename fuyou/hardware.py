@@ -217,6 +217,9 @@ def run_key(num_parameters: int, num_trained: int, num_blocks: int, moment_dtype
 def versions_of(device: str) -> dict[str, str]:
     """What measured rates depend on beside the machine."""
     found = {"torch": metadata.version("torch"), "kernel": platform.release(), "cpu": platform.processor()}
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found["cpu"] = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     if device != "cpu":
         with contextlib.suppress(OSError):
             found["driver"] = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
