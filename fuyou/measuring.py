@@ -66,8 +66,8 @@ class _Effort:
     """Of the layers that are timed, with their numbers of heads: a small one and one beyond every cache."""
     tokens: tuple[int, ...]
     """Of the micro-batches that they are timed with."""
-    seconds: float = 0.2
-    least_repeats: int = 2
+    seconds: float = 0.4
+    least_repeats: int = 3
     """Of each of these; a slow machine takes longer, since each is repeated."""
     together_seconds: float = 0.6
     """For which works are repeated side by side."""
