@@ -14,7 +14,6 @@ import itertools
 import json
 import shutil
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +24,6 @@ from transformers import LlamaConfig
 
 import fuyou
 from fuyou.bench.step import SHAPES
-from fuyou.cli import SWITCH_SECONDS
 from fuyou.counters import Counters
 from fuyou.hardware import HardwareProfile, num_cores
 from fuyou.opening import inputs_of_run
@@ -92,7 +90,6 @@ MOST_PLANS = 4
 def main() -> int:
     """Run; 1 if the goals are missed: 10 % median error and 20 % worst, no hand-made plan 5 % faster."""
     parser = argparse.ArgumentParser(description=__doc__)
-    sys.setswitchinterval(SWITCH_SECONDS)  # as `fuyou train` does
     parser.add_argument("--folder", type=Path, default=Path(), help="a directory on the drive for the stores (here)")
     parser.add_argument(
         "--only", default="", metavar="TEXT[,TEXT...]", help="settings whose names begin with one of these"
