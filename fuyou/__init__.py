@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from fuyou.config import OffloadConfig, format_bytes, parse_bytes
     from fuyou.errors import ConfigError, DataError, FuyouError, ModelError, PlanError
     from fuyou.executor.torch_state import micro_batch_seed
-    from fuyou.hardware import HardwareProfile, measure_hardware
+    from fuyou.hardware import HardwareProfile
+    from fuyou.measuring import measure_hardware
     from fuyou.opening import (
         adamw as AdamW,
     )
@@ -42,7 +43,7 @@ _HOMES = {
     "from_config": ("fuyou.opening", "from_config"),
     "from_pretrained": ("fuyou.opening", "from_pretrained"),
     "inspect_store": ("fuyou.store_contents", "inspect_store"),
-    "measure_hardware": ("fuyou.hardware", "measure_hardware"),
+    "measure_hardware": ("fuyou.measuring", "measure_hardware"),
     "micro_batch_seed": ("fuyou.executor.torch_state", "micro_batch_seed"),
     "open_store_model": ("fuyou.opening", "open_store_model"),
     "parse_bytes": ("fuyou.config", "parse_bytes"),

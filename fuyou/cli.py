@@ -83,14 +83,15 @@ def _doctor(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     from fuyou.config import parse_bytes
-    from fuyou.hardware import cached_hardware, measure_hardware
+    from fuyou.hardware import cached_hardware
     from fuyou.lora import lora_config
+    from fuyou.measuring import measure_hardware
     from fuyou.opening import inputs_of_run
     from fuyou.plan_report import nearest_settings, report_plan
     from fuyou.planning import choose_device, plan_for
     from fuyou.recipe import load_recipe
     from fuyou.shipped import load_hardware
-    from fuyou.training import model_config
+    from fuyou.training import expected_shape, model_config
 
     recipe = load_recipe(options.recipe, options.set)
     offload = recipe.offload_config()
@@ -104,11 +105,18 @@ def _plan(options: argparse.Namespace) -> int:
         raise ConfigError("--drives belongs to --hardware: this machine's drives are those of offload.store")
     else:
         drives, device = offload.store_directories, choose_device(offload)
-        known = cached_hardware(drives, device, offload.compute_dtype)
+        known = None if options.measure else cached_hardware(drives, device, offload.compute_dtype)
         hardware = known or measure_hardware(drives, device, offload.compute_dtype)
+    try:
+        shape, source = expected_shape(recipe)
+    except (FuyouError, OSError) as error:
+        # A plan may be made before there are data.
+        longest = recipe.data.max_length
+        shape, source = None, f"data.max_length={longest}, since the data cannot be looked at ({error})"
     inputs = inputs_of_run(
         config,
         offload=offload,
+        shape=shape,
         batch_size=recipe.rows_per_step,
         sequence_length=recipe.data.max_length,
         max_grad_norm=recipe.max_grad_norm,
@@ -127,6 +135,7 @@ def _plan(options: argparse.Namespace) -> int:
         _print_json(report.plan.to_json() | {"report": report.to_json()})
     else:
         print(report.describe(explain=options.explain))
+        print(f"  tokens         {inputs.num_tokens:,} a step, by {source}")
     return EXIT_DONE
 
 
@@ -363,6 +372,7 @@ def _parser() -> argparse.ArgumentParser:
         help="plan for the machine of this JSON profile, or a shipped one: " + machines,
     )
     plan.add_argument("--drives", type=_positive, metavar="N", help="of the profile's kind (with --hardware)")
+    plan.add_argument("--measure", action="store_true", help="measure this machine again, which takes up to a minute")
     plan.add_argument(
         "--explain", action="store_true", help="the reason of every decision, and what becomes of each block"
     )

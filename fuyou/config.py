@@ -77,7 +77,8 @@ class OffloadConfig:
     """How decoder layers that are frozen when a store is made are stored: as they are computed with, or quantised (extra
     `quantised`). Those cannot be trained in this store. Fixed when a run is created."""
     micro_batch_size: int | None = None
-    """Rows computed at once. None: the whole batch as it is given. Fixed when a run is created."""
+    """Rows computed at once. None: the whole batch as it is given, or as large a part of a new run's first batch as finds
+    room in the memory that is free. Fixed when a run is created."""
     loss_chunk_tokens: int | None = None
     """Tokens whose logits exist at once in a training pass with labels, which bounds the memory of long sequences and large
     vocabularies. None: all of a micro-batch's. Fixed when a run is created; sums are rounded otherwise than without."""

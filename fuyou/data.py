@@ -344,6 +344,23 @@ _LOADERS = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet",
 _ENDINGS = {".jsonl": "jsonl", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
+def sample_lengths(section: DataSection, tokenizer: Tokenizer, num_rows: int) -> npt.NDArray[np.int64]:
+    """Tokens of each usable row among so many of the data's files, evenly spread, or the first ones where rows are streamed;
+    DataError and ConfigError as `load_data`."""
+    loading = _Loading(section, tokenizer, None, None)
+    rows, name = loading.source(section.file, section.split, streaming=section.streaming)
+    if section.streaming:
+        picked = list(rows.take(num_rows))
+        columns = list(picked[0]) if picked else []
+    else:
+        picked, columns = rows.select(range(0, len(rows), max(1, len(rows) // num_rows))), list(rows.column_names)
+    counts: Counter[str] = Counter()
+    usable = usable_rows(picked, loading.choose_format(columns, name), tokenizer, section.max_length, name, counts)
+    found = TokenRows.from_rows(usable)
+    check_usable(counts, name, section.max_length)
+    return np.diff(found.starts)
+
+
 def _load_files(files: str | Sequence[str], file_format: str | None, streaming: bool) -> Any:
     import datasets
 

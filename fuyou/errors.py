@@ -24,6 +24,11 @@ class ConfigError(FuyouError, ValueError):
 class PlanError(FuyouError):
     """The model does not fit: says which memory is short, by how much, and what would fit."""
 
+    def __init__(self, message: str, *, short_bytes: int | None = None) -> None:
+        super().__init__(message)
+        self.short_bytes = short_bytes
+        """Of the memory that the message names; None where it names none."""
+
 
 class ModelError(FuyouError):
     """A model, a checkpoint or a batch that cannot be used."""

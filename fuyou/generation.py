@@ -175,7 +175,8 @@ def plan_generation(
     `offload` has the budgets, the device and where the weights are or will be. PlanError, ConfigError.
     """
     from fuyou.blocks import find_blocks, shape_model
-    from fuyou.hardware import available_host_bytes, cached_hardware, measure_hardware
+    from fuyou.hardware import available_host_bytes, cached_hardware
+    from fuyou.measuring import measure_hardware
     from fuyou.opening import model_of
     from fuyou.planning import HOST_MEMORY_SHARE, choose_device, gpu_memory_bytes, shard_layouts, shard_sizes
     from fuyou.store_contents import DTYPES

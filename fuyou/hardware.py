@@ -1,4 +1,4 @@
-"""What this machine can do: measured in seconds, kept as data that can be edited and shared."""
+"""What a machine can do: measured (`fuyou.measuring`), kept as data that can be edited and shared. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,26 +6,37 @@ import contextlib
 import dataclasses
 import json
 import os
-import statistics
-import tempfile
-import time
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import psutil
 
 from fuyou.config import format_bytes
-from fuyou.costs import num_update_workers
 from fuyou.errors import ConfigError
 from fuyou.html import table
-from io_engine import probe_directory
-from optim.kernels import AdamWScalars, adamw_split
 
 Directories = Sequence[str | os.PathLike[str]] | str | os.PathLike[str]
 """Of a store: one, or one for each drive."""
+
+
+class ComputeSample(NamedTuple):
+    """Seconds of one decoder layer and one micro-batch."""
+
+    multiplied_parameters: int
+    """Multiplications of a token's forward pass: the layer's parameters and attention, as the simulator counts them."""
+    num_tokens: int
+    forward_seconds: float
+    backward_seconds: float
+    """The forward pass again, and backward, with adding the gradients to those of earlier micro-batches."""
+    host_forward_seconds: float
+    host_backward_seconds: float
+    """With outputs of products kept in host memory instead of computed again."""
+    ssd_forward_seconds: float
+    ssd_backward_seconds: float
+    """With these in scratch files, of which compute waits for each."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +48,7 @@ class HardwareProfile:
     compute_flops_per_second: float
     """bfloat16 matrix products of a decoder layer's shape, on the device."""
     adam_parameters_per_second: float
-    """With all update workers together."""
+    """Updates with all workers together, float32 moments."""
     read_bytes_per_second: float
     write_bytes_per_second: float
     mixed_bytes_per_second: float
@@ -52,6 +63,23 @@ class HardwareProfile:
     """What a block costs in a token step however small it is: Python, starts of kernels, the switch to the schedule."""
     sources: dict[str, str] = dataclasses.field(default_factory=dict)
     """Where a number comes from, by field, if it was not measured here."""
+    compute_samples: tuple[ComputeSample, ...] = ()
+    """Layers of two sizes, each with micro-batches of several; none: everything takes its operations' share of
+    `compute_flops_per_second`."""
+    update_parameters_per_second: dict[str, float] = dataclasses.field(default_factory=dict)
+    """By the data type of the moments: norm, Adam and checksums; what is not named has `adam_parameters_per_second`."""
+    gradient_parameters_per_second: float = 0.0
+    """Of an embedding and one micro-batch: its gradient made and added to those of earlier ones."""
+    speeds_together: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    """By what is busy at once of "cpu" (updates), "gpu" (compute) and "io" ("cpu+io"), each one's share of its own speed;
+    "gpu_small" that of the smaller measured layer's compute."""
+    commit_seconds: float = 0.0
+    """What makes a step durable, beside its bytes."""
+    measured_at: str = ""
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Of what the figures depend on; with others it is measured again."""
+    refined: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    """By `run_key`, factors to lanes' seconds that runs have found."""
 
     def with_drives(self, num_drives: int) -> HardwareProfile:
         """The same machine with so many drives of the kind that it has; their rates add up. ConfigError below 1."""
@@ -66,11 +94,37 @@ class HardwareProfile:
             mixed_bytes_per_second=self.mixed_bytes_per_second * share,
         )
 
+    def scaled(self, factors: Mapping[str, float]) -> HardwareProfile:
+        """The same machine with lanes whose work takes so many times as long: "gpu", "cpu", "ssd_read", "ssd_write", links."""
+        gpu, cpu = factors.get("gpu", 1.0), factors.get("cpu", 1.0)
+        read, write = factors.get("ssd_read", 1.0), factors.get("ssd_write", 1.0)
+        return dataclasses.replace(
+            self,
+            compute_flops_per_second=self.compute_flops_per_second / gpu,
+            compute_samples=tuple(
+                ComputeSample(s.multiplied_parameters, s.num_tokens, *(gpu * seconds for seconds in s[2:]))
+                for s in self.compute_samples
+            ),
+            gradient_parameters_per_second=self.gradient_parameters_per_second / gpu,
+            adam_parameters_per_second=self.adam_parameters_per_second / cpu,
+            update_parameters_per_second={k: rate / cpu for k, rate in self.update_parameters_per_second.items()},
+            read_bytes_per_second=self.read_bytes_per_second / read,
+            write_bytes_per_second=self.write_bytes_per_second / write,
+            # Of a mixture, as many bytes of each: the slower direction holds up the other.
+            mixed_bytes_per_second=self.mixed_bytes_per_second / max(read, write),
+            link_bytes_per_second=self.link_bytes_per_second / max(factors.get("h2d", 1.0), factors.get("d2h", 1.0)),
+        )
+
+    def refined_for(self, key: str) -> HardwareProfile:
+        """With what earlier runs of this `run_key` have found."""
+        factors = self.refined.get(key)
+        return self if factors is None else self.scaled(factors)
+
     def _repr_html_(self) -> str:
         """A table with units and sources, for notebooks."""
         rows = []
         for name, value in self.to_json().items():
-            if name in ("sources", "io_reason") or value is None:
+            if name in ("sources", "io_reason", "refined", "compute_samples") or not value:
                 continue
             if name.endswith("_bytes_per_second"):
                 text = f"{value / 1e9:.3g} GB/s"
@@ -92,7 +146,8 @@ class HardwareProfile:
     def from_json(cls, data: dict[str, Any]) -> HardwareProfile:
         """The profile that `to_json` described; ConfigError names a field that is unknown or missing."""
         try:
-            return cls(**data)
+            samples = tuple(ComputeSample(*sample) for sample in data.get("compute_samples", ()))
+            return cls(**{**data, "compute_samples": samples})
         except TypeError as error:
             raise ConfigError(f"hardware profile: {error}") from None
 
@@ -118,49 +173,60 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def measure_hardware(directories: Directories, device: str, compute_dtype: str = "bfloat16") -> HardwareProfile:
-    """Measure compute, Adam and the drives under `directories` (or their nearest existing parents); blocks for seconds.
-
-    Several drives work side by side, so that their rates add up; directories of one file system count once. The result
-    is kept for `cached_hardware`.
-    """
-    paths = _drives(directories)
-    drives = [probe_directory(path, num_bytes=128 * 2**20) for path in paths]
-    profile = HardwareProfile(
-        device=device,
-        num_cores=num_cores(),
-        compute_flops_per_second=_measure_compute(device, compute_dtype),
-        adam_parameters_per_second=_measure_adam(num_update_workers(device, num_cores())),
-        read_bytes_per_second=sum(drive.read_bytes_per_second for drive in drives),
-        write_bytes_per_second=sum(drive.write_bytes_per_second for drive in drives),
-        mixed_bytes_per_second=sum(drive.mixed_bytes_per_second for drive in drives),
-        host_memory_bytes=available_host_bytes(),
-        io_reason="; ".join(dict.fromkeys(drive.reason for drive in drives)),
-        link_bytes_per_second=0.0 if device == "cpu" else _measure_link(device),
-        gpu_memory_bytes=None if device == "cpu" else _free_gpu_bytes(device),
-        num_drives=len(paths),
-        seconds_per_block=_measure_block(paths[0], device, compute_dtype),
-    )
-    cache = _cache_file(paths, device, compute_dtype)
-    # A cache that cannot be written costs a measurement the next time, nothing else.
+def keep_profile(profile: HardwareProfile, drives: Sequence[Path], device: str, compute_dtype: str) -> None:
+    """Leave the profile for `cached_hardware`; a cache that cannot be written costs a measurement the next time."""
+    cache = _cache_file(drives, device, compute_dtype)
     with contextlib.suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial = cache.with_suffix(f".{os.getpid()}")
         partial.write_text(json.dumps(profile.to_json(), indent=1))
         partial.replace(cache)
-    return profile
 
 
 def cached_hardware(directories: Directories, device: str, compute_dtype: str = "bfloat16") -> HardwareProfile | None:
-    """What `measure_hardware` last found for these directories' file systems and device, or None."""
+    """What `measure_hardware` last found for these directories' file systems and device, or None.
+
+    None, too, if it was measured with another torch, kernel or driver: rates may have changed with them.
+    """
     try:
-        data = json.loads(_cache_file(_drives(directories), device, compute_dtype).read_text())
-        return HardwareProfile.from_json(data)
-    except (OSError, ValueError):
+        data = json.loads(_cache_file(drives_of(directories), device, compute_dtype).read_text())
+        profile = HardwareProfile.from_json(data)
+    except (OSError, ValueError, TypeError):
         return None
+    return profile if profile.versions == versions_of(device) else None
 
 
-def _drives(directories: Directories) -> list[Path]:
+def keep_refinement(
+    directories: Directories, device: str, compute_dtype: str, key: str, factors: Mapping[str, float]
+) -> None:
+    """Add what a run has found about its own lanes to the cached profile, if there is one."""
+    profile = cached_hardware(directories, device, compute_dtype)
+    if profile is not None:
+        # The newest stand last; a few models a machine are enough.
+        kept = [item for item in profile.refined.items() if item[0] != key][-15:]
+        refined = dict([*kept, (key, dict(factors))])
+        profile = dataclasses.replace(profile, refined=refined)
+        keep_profile(profile, drives_of(directories), device, compute_dtype)
+
+
+def run_key(num_parameters: int, num_trained: int, num_blocks: int, moment_dtype: str) -> str:
+    """By what runs are told apart whose lanes are expected to be as fast on the same machine."""
+    return f"{num_parameters} parameters, {num_trained} trained, {num_blocks} blocks, {moment_dtype}"
+
+
+def versions_of(device: str) -> dict[str, str]:
+    """What measured rates depend on beside the machine."""
+    found = {"torch": metadata.version("torch"), "kernel": platform.release(), "cpu": platform.processor()}
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        found["cpu"] = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    if device != "cpu":
+        with contextlib.suppress(OSError):
+            found["driver"] = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+    return found
+
+
+def drives_of(directories: Directories) -> list[Path]:
     """One existing directory of each file system, in the order of their device numbers."""
     given = [directories] if isinstance(directories, str | os.PathLike) else directories
     paths = [Path(directory).expanduser().absolute() for directory in given]
@@ -170,107 +236,5 @@ def _drives(directories: Directories) -> list[Path]:
 
 def _cache_file(drives: Sequence[Path], device: str, compute_dtype: str) -> Path:
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fuyou"
-    return (
-        root
-        / f"hardware-{device.replace(':', '-')}-{compute_dtype}-{'-'.join(f'{path.stat().st_dev:x}' for path in drives)}.json"
-    )
-
-
-def _measure_compute(device: str, compute_dtype: str) -> float:
-    """Best of five products of (256 x n) and (n x n) matrices."""
-    import torch
-
-    n = 1024 if device == "cpu" else 8192
-    dtype = torch.bfloat16 if compute_dtype == "bfloat16" else torch.float32
-    a = torch.ones((256 if device == "cpu" else n, n), dtype=dtype, device=device)
-    b = torch.ones((n, n), dtype=dtype, device=device)
-    best = float("inf")
-    for _ in range(5):
-        if device != "cpu":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        (a @ b).sum().item()
-        best = min(best, time.perf_counter() - started)
-    return 2.0 * a.shape[0] * n * n / best
-
-
-def _measure_block(directory: Path, device: str, compute_dtype: str) -> float:
-    """Of token steps of a streamed model whose layers are next to nothing, all in memory: the median, by its blocks."""
-    import torch
-    from transformers import LlamaConfig
-
-    import fuyou
-
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=16,
-        num_attention_heads=2,
-        tie_word_embeddings=False,
-    )
-    seconds: list[float] = []
-    with tempfile.TemporaryDirectory(prefix="fuyou-measure-", dir=directory) as folder:
-        options: dict[str, Any] = {"device": device, "compute_dtype": compute_dtype, "host_memory": "128MiB"}
-        model = fuyou.from_config(config, offload=fuyou.OffloadConfig(store=folder, **options), seed=0, trainable=())
-        with model.fuyou as runtime, torch.no_grad():
-            model.eval()
-            token, cache = torch.zeros((1, 1), dtype=torch.long, device=device), None
-            for _ in range(12):
-                started = time.perf_counter()
-                cache = model(input_ids=token, past_key_values=cache, use_cache=True).past_key_values
-                if device != "cpu":
-                    torch.cuda.synchronize(device)
-                seconds.append(time.perf_counter() - started)
-            return statistics.median(seconds) / len(runtime.plan.blocks)
-
-
-def _free_gpu_bytes(device: str) -> int:
-    import torch
-
-    return int(torch.cuda.mem_get_info(torch.device(device))[0])
-
-
-def _measure_link(device: str) -> float:
-    """Bytes per second each way while pinned memory is copied both ways at once: best of five times 256 MiB."""
-    import torch
-
-    num_bytes = 256 * 2**20
-    hosts = [torch.ones(num_bytes, dtype=torch.uint8).pin_memory() for _ in range(2)]
-    devices = [torch.ones(num_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
-    into, out_of = torch.cuda.Stream(device), torch.cuda.Stream(device)
-    best = float("inf")
-    for _ in range(5):
-        torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        with torch.cuda.stream(into):
-            devices[0].copy_(hosts[0], non_blocking=True)
-        with torch.cuda.stream(out_of):
-            hosts[1].copy_(devices[1], non_blocking=True)
-        torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return num_bytes / best
-
-
-def _measure_adam(num_workers: int) -> float:
-    """Parameters per second: best of three updates of 2M parameters by each of the workers, all at once."""
-    n = 2 * 2**20
-    scalars = AdamWScalars.at_step(lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=1)
-
-    def update(arrays: tuple[np.ndarray[Any, Any], ...]) -> None:
-        high, low, m, v, g = arrays
-        adamw_split(high, low, m, v, g, scalars)
-
-    fills: tuple[tuple[float, Any], ...] = (
-        (0x3F80, np.uint16),
-        (0, np.uint16),
-        *((x, np.float32) for x in (0.0, 0.0, 0.1)),
-    )
-    owned = [tuple(np.full(n, value, dtype) for value, dtype in fills) for _ in range(num_workers)]
-    best = float("inf")
-    with ThreadPoolExecutor(num_workers) as workers:
-        for _ in range(3):
-            started = time.perf_counter()
-            list(workers.map(update, owned))
-            best = min(best, time.perf_counter() - started)
-    return num_workers * n / best
+    numbers = "-".join(f"{path.stat().st_dev:x}" for path in drives)
+    return root / f"hardware-{device.replace(':', '-')}-{compute_dtype}-{numbers}.json"

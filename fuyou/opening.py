@@ -32,7 +32,7 @@ from fuyou.executor.head import check_chunkable
 from fuyou.freezing import freeze
 from fuyou.hardware import HardwareProfile, cached_hardware
 from fuyou.memory import return_freed_memory
-from fuyou.plan import Plan
+from fuyou.plan import Plan, StepShape
 from fuyou.planner import PlanInputs, ShardSize
 from fuyou.planning import choose_device, plan_for, plan_inputs, shard_layouts, shard_sizes
 from fuyou.quantising import QuantisedLayout, check_available
@@ -271,8 +271,12 @@ def inputs_of_run(
     trainable: Sequence[str] | None = None,
     lora: Any = None,
     elsewhere: bool = True,
+    shape: StepShape | None = None,
 ) -> PlanInputs:
-    """What `plan_model` decides by; `elsewhere`: `hardware` says how much memory there is, too."""
+    """What `plan_model` decides by; `elsewhere`: `hardware` says how much memory there is, too.
+
+    With `shape` its tokens count, and not those of batch_size rows of sequence_length.
+    """
     config = name_or_path_or_config
     if isinstance(config, str | os.PathLike):
         from transformers import AutoConfig
@@ -286,8 +290,6 @@ def inputs_of_run(
         base = dict(model.named_parameters())
         adapters = {} if lora is None else _planned_adapters(model, blocks, base, lora)
         trained = {name for name, p in base.items() if p.requires_grad}
-    hidden = config.get_text_config().hidden_size
-    itemsize = DTYPES[offload.compute_dtype].itemsize
     return plan_inputs(
         shard_sizes(blocks, layouts, trained.__contains__, adapters),
         offload,
@@ -296,9 +298,12 @@ def inputs_of_run(
         micro_batch_size=offload.micro_batch_size,
         hardware=hardware or cached_hardware(offload.store_directories, device, offload.compute_dtype),
         elsewhere=hardware is not None and elsewhere,
-        boundary_bytes=len(blocks.layers) * batch_size * sequence_length * hidden * itemsize,
-        num_tokens=batch_size * sequence_length,
-        sequence_length=sequence_length,
+        shape=shape
+        or StepShape(
+            batch_size * sequence_length,
+            -(-batch_size // (offload.micro_batch_size or batch_size)),
+            sequence_length,
+        ),
         adapter_bytes=host_bytes([shard for shards in adapters.values() for shard in shards]),
     )
 

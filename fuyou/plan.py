@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from fuyou.config import format_bytes
 from fuyou.errors import ConfigError
@@ -13,6 +13,29 @@ from fuyou.html import table
 Activations = str | dict[int, str]
 """See `BlockPlan.activations`."""
 ACTIVATION_PLACES: Final = ("recompute", "keep", "host", "ssd")
+
+
+class StepShape(NamedTuple):
+    """How much is computed in a step."""
+
+    num_tokens: int = 0
+    """Of all micro-batches, padding included."""
+    num_micro_batches: int = 0
+    sequence_length: int = 0
+    """Of the longest rows."""
+
+    def plus(self, other: StepShape) -> StepShape:
+        """Both in one step."""
+        return StepShape(
+            self.num_tokens + other.num_tokens,
+            self.num_micro_batches + other.num_micro_batches,
+            max(self.sequence_length, other.sequence_length),
+        )
+
+    def about(self) -> StepShape:
+        """Nearly this one (1 % off at most), of which there are few."""
+        step = 1 << max(0, self.num_tokens.bit_length() - 7)
+        return self._replace(num_tokens=(self.num_tokens + step // 2) // step * step)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,6 +162,8 @@ class Plan:
     """Steps from commit to commit."""
     overhead_bytes: int = 0
     """Part of host_memory_bytes left to Python, torch's temporaries and the allocator."""
+    compute_bytes: int = 0
+    """Estimate of what a micro-batch in compute takes, on the device (on a CPU beside host_memory_bytes); 0: not known."""
     prediction: Prediction | None = None
 
     def __post_init__(self) -> None:
@@ -220,6 +245,11 @@ class Plan:
                 []
                 if self.gpu_memory_bytes is None
                 else [f"  gpu memory     {format_bytes(self.gpu_memory_bytes)}{on_device}"]
+            ),
+            *(
+                [f"  in compute     about {format_bytes(self.compute_bytes)} beside that while a block works"]
+                if self.compute_bytes and self.gpu_memory_bytes is None
+                else []
             ),
             f"  kept in host   weights of {sum(b.weights_in_host for b in self.blocks)} and states of "
             f"{sum(b.states_in_host for b in self.blocks)} of {len(self.blocks)} blocks",

@@ -10,7 +10,7 @@ from fuyou.config import format_bytes
 from fuyou.costs import state_bytes_per_parameter
 from fuyou.errors import PlanError
 from fuyou.plan import BlockPlan, Plan
-from fuyou.planner import MEBIBYTE, PlanInputs, least_memory, predict, simulate_plan
+from fuyou.planner import MEBIBYTE, PlanInputs, buffers_of, compute_bytes, predict, simulate_plan
 from fuyou.simulator import SimulatedStep
 
 PICTURE_WIDTH = 60
@@ -96,7 +96,10 @@ def report_plan(
             tokens,
             plan.prefetch_depth,
             plan.commit_every_steps,
+            num_micro_batches=inputs.num_micro_batches,
+            moment_dtype=plan.moment_dtype,
             sequence_length=inputs.sequence_length,
+            buffers=buffers_of(plan),
         )
         plan = dataclasses.replace(plan, prediction=prediction)
     written = None if prediction is None else prediction.bytes_written
@@ -115,7 +118,9 @@ def report_plan(
         worths=() if timed is None or not timed.seconds else tuple(_worths(inputs, timed.seconds)),
         lanes=""
         if hardware is None or not tokens
-        else lanes_picture(simulate_plan(plan, hardware, tokens, inputs.sequence_length)),
+        else lanes_picture(
+            simulate_plan(plan, hardware, tokens, inputs.sequence_length, num_micro_batches=inputs.num_micro_batches)
+        ),
     )
 
 
@@ -131,12 +136,14 @@ def _worths(inputs: PlanInputs, seconds: float) -> Iterator[Worth]:
             "twice the rows a step",
             {
                 "num_tokens": 2 * tokens,
+                # Without a size for them the whole batch is one, however many rows it has.
+                "num_micro_batches": inputs.num_micro_batches * (1 if inputs.micro_batch_size is None else 2),
                 "boundary_bytes": None if inputs.boundary_bytes is None else 2 * inputs.boundary_bytes,
             },
         ),
         (
             "twice the compute rate",
-            {"hardware": dataclasses.replace(hardware, compute_flops_per_second=2 * hardware.compute_flops_per_second)},
+            {"hardware": hardware.scaled({"gpu": 0.5})},
         ),
     ]
     if inputs.moment_dtype != "int8":
@@ -171,19 +178,22 @@ def nearest_settings(inputs: PlanInputs) -> list[str]:
         pass
     else:
         return []
-    least = least_memory(inputs.shards)
+    least = inputs.least()
     changes: dict[str, dict[str, Any]] = {}
     host = max(inputs.host_memory_bytes, least.host_memory_bytes)
     gpu = inputs.gpu_memory_bytes
     if gpu is not None:
-        gpu = max(gpu, -(-least.device * 5 // 4 // MEBIBYTE) * MEBIBYTE)
+        computing = 0
+        if inputs.shape is not None:
+            computing = compute_bytes(inputs.shards, inputs.compute_dtype, inputs.shape, inputs.loss_chunk_tokens)
+        gpu = max(gpu, -(-max(least.device * 5 // 4, least.device + computing) // MEBIBYTE) * MEBIBYTE)
     named = [f'host_memory="{host // MEBIBYTE}MiB"'] if host > inputs.host_memory_bytes else []
     named += [f'gpu_memory="{gpu // MEBIBYTE}MiB"'] if gpu is not None and gpu != inputs.gpu_memory_bytes else []
     changes[", ".join(named)] = {"host_memory_bytes": host, "gpu_memory_bytes": gpu}
     if inputs.moment_dtype != "int8":
         smaller = _with_moments(inputs, "int8")
         changes['moment_dtype="int8"'] = smaller
-        host = max(inputs.host_memory_bytes, least_memory(smaller["shards"]).host_memory_bytes)
+        host = max(inputs.host_memory_bytes, dataclasses.replace(inputs, **smaller).least().host_memory_bytes)
         changes[f'moment_dtype="int8" and host_memory="{host // MEBIBYTE}MiB"'] = {**smaller, "host_memory_bytes": host}
     fitting = []
     for text, values in changes.items():

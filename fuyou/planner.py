@@ -7,17 +7,26 @@ from collections.abc import Sequence
 from typing import Literal
 
 from fuyou.config import format_bytes
-from fuyou.costs import num_update_workers
+from fuyou.costs import num_update_workers, weight_bytes_per_parameter
 from fuyou.errors import PlanError
 from fuyou.hardware import HardwareProfile
-from fuyou.plan import BlockPlan, Plan, Prediction
-from fuyou.plan_search import LEAST_GAIN, Search, pooled_bytes
-from fuyou.simulator import SimulatedStep, simulate_step
+from fuyou.plan import BlockPlan, Plan, Prediction, StepShape
+from fuyou.plan_search import LEAST_GAIN, NUMS_FIRST, Search, best_count, pooled_bytes, spread
+from fuyou.simulator import AMPLE, RECORD_PARAMETERS, Buffers, SimulatedStep, simulate_step
 
 MEBIBYTE = 2**20
 LEAST_RECORD_BUFFERS, COMFORTABLE_RECORD_BUFFERS = 2, 6
 """One record is read while another is updated or written; with six, no lane waits for a late neighbour (measured:
 0.91 of the drive's limit with four, 0.99 with six)."""
+ACTIVATIONS_AT_ONCE = 2.5
+"""Times the bytes that a layer's products return: what exists at the peak of its backward pass (measured with Llama's
+layers, 512 and 2,048 tokens: 2.4 to 2.7 in float32, less in bfloat16)."""
+UNKNOWN_WIDTHS = 16
+"""Of a token between layers, for a layer whose products are not known by shape."""
+LARGEST_MATRIX = 0.4
+"""Of a layer's parameters, whose gradient exists before it is added to the sum."""
+BYTES_PER_LOGIT = 14
+"""Logits, in float32 too, their log-softmax, its gradient (measured: 12)."""
 COMMIT_EVERY_STEPS = 20
 """With durability="checkpoint", where the user names no number: the drive gets a twentieth of the bytes."""
 GRAPH_FACTOR, LOGIT_BYTES = 4, 14
@@ -51,6 +60,11 @@ class ShardSize:
     activation_bytes_per_token: int = 0
     in_backward: bool = True
     num_idle_parameters: int = 0
+    bound_bytes: int = 0
+    """Of its weights in the dtype of compute, where they are stored otherwise (quantised): beside those stored while it is
+    computed with."""
+    logits_per_token: int = 0
+    """Of the head."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +96,13 @@ def overhead_bytes(host_memory_bytes: int) -> int:
     return min(MAX_OVERHEAD_BYTES, host_memory_bytes // OVERHEAD_SHARE)
 
 
-def least_memory(shards: Sequence[ShardSize]) -> LeastMemory:
-    """The least for these blocks, clipping or not, so that what could be opened can also be trained."""
+def least_memory(shards: Sequence[ShardSize], shape: StepShape | None = None) -> LeastMemory:
+    """The least for these blocks, clipping or not, so that what could be opened can also be trained.
+
+    With `shape` for micro-batches of such steps, too.
+    """
+    num_tokens = 0 if shape is None else -(-shape.num_tokens // max(1, shape.num_micro_batches))
+    waiting = num_tokens * max((s.input_bytes_per_token for s in shards), default=0)
     trainable = [s for s in shards if s.trainable]
     tied = {name for s in shards for name in s.borrowed}
     gradients = {s.name: pooled_bytes(s.gradient_bytes) for s in trainable}
@@ -97,9 +116,59 @@ def least_memory(shards: Sequence[ShardSize]) -> LeastMemory:
         weights=max(pooled_bytes(s.weight_bytes) + pooled_bytes(s.borrowed_bytes) for s in shards),
         gradients=open_gradients + max((b for name, b in gradients.items() if name not in tied), default=0),
         records=LEAST_RECORD_BUFFERS * pooled_bytes(record),
-        activations=MIN_ACTIVATION_BYTES,
-        device=sum(weights[:3]) + max(s.borrowed_bytes for s in shards) + tied_gradients + sum(untied[:3]),
+        activations=max(MIN_ACTIVATION_BYTES, pooled_bytes(waiting)),
+        device=sum(weights[:3])
+        + max(s.borrowed_bytes for s in shards)
+        + max(s.bound_bytes for s in shards)
+        + tied_gradients
+        + sum(untied[:3]),
     )
+
+
+def compute_bytes(
+    shards: Sequence[ShardSize], compute_dtype: str, shape: StepShape, loss_chunk_tokens: int | None
+) -> int:
+    """What one micro-batch takes while a block computes with it, at the most, beside weights and the gradients' sums.
+
+    Of a layer all that its backward pass needs, and the gradients of that; of the head the logits with what the loss makes
+    of them; of an embedding its gradient. An estimate: models differ in what they keep.
+    """
+    tokens = -(-shape.num_tokens // max(1, shape.num_micro_batches))
+    itemsize = weight_bytes_per_parameter(compute_dtype)
+    found = [0]
+    for s in shards:
+        needed = 0.0
+        if s.kind == "layer":
+            # Experts' are not known by shape.
+            each = s.activation_bytes_per_token or UNKNOWN_WIDTHS * s.width * itemsize
+            needed = tokens * each * ACTIVATIONS_AT_ONCE
+            needed += s.num_parameters * itemsize * LARGEST_MATRIX if s.trainable else 0
+        elif s.kind == "epilogue":
+            at_once = min(tokens, loss_chunk_tokens or tokens)
+            needed = at_once * s.logits_per_token * BYTES_PER_LOGIT
+            needed += (s.num_parameters * itemsize + s.borrowed_bytes) if s.trainable or s.borrowed else 0
+        elif s.trainable:
+            needed = s.num_parameters * itemsize
+        found.append(int(needed) + s.bound_bytes)
+    return max(found)
+
+
+def fitting_micro_batch(
+    shards: Sequence[ShardSize],
+    compute_dtype: str,
+    *,
+    num_rows: int,
+    sequence_length: int,
+    room_bytes: int,
+    loss_chunk_tokens: int | None,
+) -> int:
+    """Rows of the largest equal micro-batches of a batch whose `compute_bytes` find room; 1 if none do."""
+    for count in range(1, num_rows + 1):
+        size = -(-num_rows // count)
+        shape = StepShape(size * sequence_length, 1, sequence_length)
+        if compute_bytes(shards, compute_dtype, shape, loss_chunk_tokens) <= room_bytes:
+            return size
+    return 1
 
 
 def make_plan(
@@ -119,17 +188,21 @@ def make_plan(
     hardware: HardwareProfile | None = None,
     boundary_bytes: int | None = None,
     num_tokens: int | None = None,
+    num_micro_batches: int = 1,
     sequence_length: int = 0,
+    loss_chunk_tokens: int | None = None,
 ) -> Plan:
     """Decide; PlanError says how much memory is short and what the least is.
 
     Without `hardware` there is no prediction of time. `boundary_bytes` is what one step saves between blocks (None: not
-    known before the first batch), `num_tokens` the tokens of one step, `sequence_length` those of a row (0: not known,
-    attention scores are left out of the time). With durability="checkpoint" everything that is trained must fit into
-    host memory.
+    known before the first batch), `num_tokens` the tokens of one step in all its micro-batches, padding included,
+    `sequence_length` those of a row (0: not known, attention scores are left out of the time). With
+    durability="checkpoint" everything that is trained must fit into host memory.
     """
     reasons = {"host_memory": host_memory_reason}
-    least = least_memory(shards)
+    shape = StepShape(num_tokens, num_micro_batches, sequence_length) if num_tokens else None
+    least = least_memory(shards, shape)
+    computing = 0 if shape is None else compute_bytes(shards, compute_dtype, shape, loss_chunk_tokens)
     overhead = overhead_bytes(host_memory_bytes)
     free = host_memory_bytes - overhead - least.pool_bytes
     if free < 0:
@@ -138,22 +211,32 @@ def make_plan(
             f"short: the least for this model is {format_bytes(least.host_memory_bytes)} (weights "
             f"{format_bytes(least.weights)}, gradients {format_bytes(least.gradients)}, records {format_bytes(least.records)}, "
             f"activations {format_bytes(least.activations)}, the rest for Python and torch). "
-            f'Set host_memory="{least.host_memory_bytes // MEBIBYTE}MiB" or more'
+            f'Set host_memory="{least.host_memory_bytes // MEBIBYTE}MiB" or more',
+            short_bytes=least.host_memory_bytes - host_memory_bytes,
         )
 
     if not device.startswith("cuda"):
         gpu_memory_bytes = None
         reasons["gpu_memory"] = "no GPU in use: blocks are computed in host memory, beside the pools"
     elif gpu_memory_bytes is not None:
-        if gpu_memory_bytes < least.device:
+        needed = least.device + computing
+        if gpu_memory_bytes < needed:
+            named = (needed if computing else least.device * 5 // 4) + MEBIBYTE - 1
             raise PlanError(
-                f"gpu_memory = {format_bytes(gpu_memory_bytes)} is {format_bytes(least.device - gpu_memory_bytes)} short: weights "
-                f"and gradients of the blocks under way take {format_bytes(least.device)}, and the activations of the block in "
-                f'compute come on top. Set gpu_memory="{-(-least.device * 5 // 4 // MEBIBYTE)}MiB" or more'
+                f"gpu_memory = {format_bytes(gpu_memory_bytes)} is {format_bytes(needed - gpu_memory_bytes)} short: weights "
+                f"and gradients of the blocks under way take {format_bytes(least.device)}, and "
+                + (
+                    f"a micro-batch in compute about {format_bytes(computing)}. Use a smaller micro_batch_size, or set"
+                    if computing
+                    else "the activations of the block in compute come on top. Set"
+                )
+                + f' gpu_memory="{named // MEBIBYTE}MiB" or more',
+                short_bytes=needed - gpu_memory_bytes,
             )
         reasons["gpu_memory"] = (
             f"{format_bytes(least.device)} for weights and gradients of the blocks under way; the rest of "
             f"{format_bytes(gpu_memory_bytes)} is for the activations of the block in compute"
+            + (f", which take about {format_bytes(computing)}" if computing else "")
         )
 
     def take(wanted: int) -> int:
@@ -170,7 +253,8 @@ def make_plan(
         raise PlanError(
             f'durability="checkpoint" keeps weights, states and gradients of all that is trained in host memory, and '
             f"host_memory = {format_bytes(host_memory_bytes)} is {format_bytes(-free)} short of that. Set host_memory to "
-            f'{format_bytes(host_memory_bytes - free * 6 // 5)} or more, or durability="step"'
+            f'{format_bytes(host_memory_bytes - free * 6 // 5)} or more, or durability="step"',
+            short_bytes=-free * 6 // 5,
         )
     largest = sorted((pooled_bytes(s.weight_bytes) for s in shards), reverse=True)
     widest = sorted((pooled_bytes(s.gradient_bytes) for s in trainable), reverse=True)
@@ -224,8 +308,28 @@ def make_plan(
     every = (commit_every_steps or COMMIT_EVERY_STEPS) if writes_back else 1
 
     def step_seconds(changed: Sequence[BlockPlan]) -> float:
+        return predicted(changed).seconds
+
+    def predicted(changed: Sequence[BlockPlan]) -> Prediction:
         assert hardware is not None
-        return predict(changed, hardware, num_tokens, prefetch_depth, every, sequence_length=sequence_length).seconds
+        return predict(
+            changed,
+            hardware,
+            num_tokens,
+            prefetch_depth,
+            every,
+            num_micro_batches=num_micro_batches,
+            moment_dtype=moment_dtype,
+            sequence_length=sequence_length,
+            buffers=buffers,
+        )
+
+    buffers = _buffers(
+        weight_pool - kept[0],
+        gradient_pool - kept[1],
+        record_pool - kept[2],
+        (largest[0], widest[0] if widest else 0, pooled_bytes(spilled_record if clipping else record)),
+    )
 
     # Records need no room for a gradient's chunk once nothing is spilled.
     surplus = ring - max(least.records, COMFORTABLE_RECORD_BUFFERS * pooled_bytes(record))
@@ -301,11 +405,10 @@ def make_plan(
         record_pool_bytes=record_pool,
         activation_pool_bytes=activations,
         overhead_bytes=overhead,
+        compute_bytes=computing,
         blocks=tuple(blocks),
         reasons=reasons,
-        prediction=None
-        if hardware is None
-        else predict(blocks, hardware, num_tokens, prefetch_depth, every, sequence_length=sequence_length),
+        prediction=None if hardware is None else predicted(blocks),
     )
 
 
@@ -329,7 +432,18 @@ class PlanInputs:
     hardware: HardwareProfile | None = None
     boundary_bytes: int | None = None
     num_tokens: int | None = None
+    num_micro_batches: int = 1
     sequence_length: int = 0
+    loss_chunk_tokens: int | None = None
+
+    @property
+    def shape(self) -> StepShape | None:
+        """Of a step, if it is known."""
+        return StepShape(self.num_tokens, self.num_micro_batches, self.sequence_length) if self.num_tokens else None
+
+    def least(self) -> LeastMemory:
+        """`least_memory` of these."""
+        return least_memory(self.shards, self.shape)
 
     def plan(self) -> Plan:
         """`make_plan` of these; PlanError if it does not fit."""
@@ -397,29 +511,122 @@ def predict(
     prefetch_depth: int = 2,
     commit_every_steps: int = 1,
     *,
+    num_micro_batches: int = 1,
+    moment_dtype: str = "float32",
     sequence_length: int = 0,
+    buffers: Buffers = AMPLE,
 ) -> Prediction:
     """A steady step's traffic and time, simulated; no step is clipped."""
     step = simulate_step(
         blocks,
         hardware,
         num_tokens=num_tokens or 0,
+        num_micro_batches=num_micro_batches,
+        moment_dtype=moment_dtype,
         prefetch_depth=prefetch_depth,
         commit_every_steps=commit_every_steps,
         sequence_length=sequence_length,
+        buffers=buffers,
     )
     return Prediction(step.seconds, step.lane_seconds, step.limiting_lane, *traffic(blocks, commit_every_steps))
 
 
+def with_best_windows(plan: Plan, hardware: HardwareProfile, shape: StepShape) -> Plan:
+    """A plan that was made before steps were known, with its updates when they fit such steps best; memory as it is.
+
+    Blocks whose gradient has no place to wait keep their early updates, and all keep theirs with durability="checkpoint".
+    """
+    free = [n for n, b in enumerate(plan.blocks) if b.trainable and b.gradient != "free" and b.in_backward]
+    if plan.durability == "checkpoint" or not shape.num_tokens:
+        free = []
+
+    def late(numbers: Sequence[int]) -> tuple[BlockPlan, ...]:
+        chosen = set(numbers)
+        return tuple(
+            dataclasses.replace(b, update_window="forward" if n in chosen else "backward") if n in free else b
+            for n, b in enumerate(plan.blocks)
+        )
+
+    def predicted(blocks: Sequence[BlockPlan]) -> Prediction:
+        return predict(
+            blocks,
+            hardware,
+            shape.num_tokens,
+            plan.prefetch_depth,
+            plan.commit_every_steps,
+            num_micro_batches=shape.num_micro_batches,
+            moment_dtype=plan.moment_dtype,
+            sequence_length=shape.sequence_length,
+            buffers=buffers_of(plan),
+        )
+
+    count = best_count(len(free), lambda number: predicted(late(spread(free, number))).seconds)
+    # The first blocks' gradients come last in the backward pass, and the next forward pass would wait for their writes.
+    tried = [late(spread(free, count))] + [
+        late([*free[:first], *spread(free[first:], max(0, count - first))])
+        for first in NUMS_FIRST
+        if first <= len(free)
+    ]
+    found = [predicted(blocks) for blocks in tried]
+    best = min(range(len(tried)), key=lambda n: found[n].seconds)
+    if found[best].seconds >= found[0].seconds * (1 - LEAST_GAIN):
+        best = 0
+    num_late = sum(b.update_window == "forward" for b in tried[best])
+    reason = (
+        f"updates of {num_late} of {len(plan.blocks)} blocks on the way to their next forward pass, by the first batch"
+    )
+    return dataclasses.replace(
+        plan, blocks=tried[best], prediction=found[best], reasons={**plan.reasons, "update_window": reason}
+    )
+
+
+def _buffers(weights: int, gradients: int, records: int, largest: tuple[int, int, int]) -> Buffers:
+    """How many of the largest buffers fit into these pools; one at least, since smaller blocks' do."""
+    return Buffers(
+        *(
+            max(1, pool // size) if size else 0
+            for pool, size in zip((weights, gradients, records), largest, strict=True)
+        )
+    )
+
+
+def buffers_of(plan: Plan) -> Buffers:
+    """How many of each kind a plan's pools hold beside what stays in them."""
+    blocks = plan.blocks
+    trained = [b for b in blocks if b.trainable]
+    # The states of a record, and its piece of a gradient where some are spilled.
+    record = max((b.state_bytes * min(1.0, RECORD_PARAMETERS / b.num_parameters) for b in trained), default=0)
+    if any(b.gradient == "spill" for b in trained):
+        record += max(4 * min(RECORD_PARAMETERS, b.num_parameters) for b in trained)
+    return _buffers(
+        plan.weight_pool_bytes - sum(pooled_bytes(b.weight_bytes) for b in blocks if b.weights_in_host),
+        plan.gradient_pool_bytes - sum(pooled_bytes(b.gradient_bytes) for b in trained if b.gradient == "host"),
+        plan.record_pool_bytes - sum(pooled_bytes(b.state_bytes) for b in trained if b.states_in_host),
+        (
+            max(pooled_bytes(b.weight_bytes) for b in blocks),
+            max((pooled_bytes(b.gradient_bytes) for b in trained), default=0),
+            pooled_bytes(int(record)),
+        ),
+    )
+
+
 def simulate_plan(
-    plan: Plan, hardware: HardwareProfile, num_tokens: int | None, sequence_length: int = 0
+    plan: Plan,
+    hardware: HardwareProfile,
+    num_tokens: int | None,
+    sequence_length: int = 0,
+    *,
+    num_micro_batches: int = 1,
 ) -> SimulatedStep:
-    """A steady step of a plan, of a batch with so many tokens."""
+    """A steady step of a plan, of a batch with so many tokens in all its micro-batches."""
     return simulate_step(
         plan.blocks,
         hardware,
         num_tokens=num_tokens or 0,
+        num_micro_batches=num_micro_batches,
+        moment_dtype=plan.moment_dtype,
         prefetch_depth=plan.prefetch_depth,
         commit_every_steps=plan.commit_every_steps,
         sequence_length=sequence_length,
+        buffers=buffers_of(plan),
     )

@@ -11,10 +11,11 @@ from torch import nn
 from fuyou.blocks import Block, ModelBlocks
 from fuyou.config import OffloadConfig, format_bytes, parse_bytes
 from fuyou.errors import ConfigError, PlanError
-from fuyou.hardware import HardwareProfile, available_host_bytes, num_cores
-from fuyou.plan import Plan
+from fuyou.hardware import HardwareProfile, available_host_bytes, num_cores, run_key
+from fuyou.plan import Plan, StepShape
 from fuyou.plan_search import pooled_bytes
 from fuyou.planner import PlanInputs, ShardSize, least_memory
+from fuyou.quantising import QuantisedLayout
 from optim import DEFAULT_CHUNK_ELEMENTS, ShardLayout
 
 GPU_MEMORY_SHARE = 0.95
@@ -95,9 +96,26 @@ def shard_sizes(
             activation_bytes_per_token=widths[block.name][1] * layouts[block.name].weight_itemsize,
             in_backward=block.name in reached,
             num_idle_parameters=_num_idle_parameters(layouts[block.name], blocks.num_experts_per_token),
+            bound_bytes=_bound_bytes(layouts[block.name]),
+            logits_per_token=_logits_per_token(block, layouts) if block.kind == "epilogue" else 0,
         )
         for block in _with_borrowers(blocks, layouts)
     ]
+
+
+def _bound_bytes(layout: ShardLayout) -> int:
+    """Of all weights of a quantised block in the dtype of compute, and one matrix more while they are made."""
+    if not isinstance(layout, QuantisedLayout):
+        return 0
+    largest = max(p.num_elements for p in layout.parameters)
+    # int8 becomes float16 first.
+    return (layout.num_elements + (2 if layout.frozen_dtype == "int8" else 1) * largest) * layout.weight_itemsize
+
+
+def _logits_per_token(block: Block, layouts: Mapping[str, ShardLayout]) -> int:
+    """The rows of the largest matrix that the epilogue multiplies with: its own, or an embedding that is tied to it."""
+    shapes = [p.shape for name in (block.name, *block.borrows) if name in layouts for p in layouts[name].parameters]
+    return max((shape[0] for shape in shapes if len(shape) == 2), default=0)
 
 
 def _num_idle_parameters(layout: ShardLayout, num_experts_per_token: int | None) -> int:
@@ -183,6 +201,12 @@ def check_plan(plan: Plan, sizes: Sequence[ShardSize], config: OffloadConfig, *,
             )
 
 
+def key_of(shards: Sequence[ShardSize], moment_dtype: str) -> str:
+    """The `run_key` of these blocks."""
+    num_trained = sum(s.num_parameters for s in shards if s.trainable)
+    return run_key(sum(s.num_parameters for s in shards), num_trained, len(shards), moment_dtype)
+
+
 def plan_inputs(
     shards: Sequence[ShardSize],
     config: OffloadConfig,
@@ -192,16 +216,17 @@ def plan_inputs(
     micro_batch_size: int | None,
     hardware: HardwareProfile | None = None,
     elsewhere: bool = False,
-    boundary_bytes: int | None = None,
-    num_tokens: int | None = None,
+    shape: StepShape | None = None,
     adapter_bytes: int = 0,
-    sequence_length: int = 0,
 ) -> PlanInputs:
     """What a plan of these blocks is decided by; `elsewhere`: on the machine of `hardware`, not on this one.
 
-    `adapter_bytes` of the host memory are taken already, by adapters that are trained.
+    Of this machine what earlier runs have found counts, too.
+    `shape` is that of a step, if it is known. `adapter_bytes` of the host memory are taken already, by adapters that are trained.
     """
     there = hardware if elsewhere else None
+    if hardware is not None:
+        hardware = hardware.refined_for(key_of(shards, config.moment_dtype))
     if config.host_memory is not None:
         host_bytes, reason = parse_bytes(config.host_memory, "host_memory"), "as given"
     else:
@@ -229,9 +254,14 @@ def plan_inputs(
         durability=config.durability,
         commit_every_steps=config.commit_every_steps,
         hardware=hardware,
-        boundary_bytes=boundary_bytes,
-        num_tokens=num_tokens,
-        sequence_length=sequence_length,
+        # Every layer's input waits for its backward pass.
+        boundary_bytes=None
+        if shape is None
+        else shape.num_tokens * sum(s.input_bytes_per_token for s in shards if s.in_backward),
+        num_tokens=None if shape is None else shape.num_tokens,
+        num_micro_batches=1 if shape is None else shape.num_micro_batches,
+        sequence_length=0 if shape is None else shape.sequence_length,
+        loss_chunk_tokens=config.loss_chunk_tokens,
     )
 
 

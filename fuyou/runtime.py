@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import math
@@ -36,17 +37,18 @@ from fuyou.executor.record import ForwardRecord, Output
 from fuyou.executor.step import StepExecutor
 from fuyou.executor.weights import WeightStream
 from fuyou.exporting import NamesOnly, ReadBlock, compare_state_dict, export_checkpoint
-from fuyou.hardware import cached_hardware
+from fuyou.hardware import available_host_bytes, cached_hardware, keep_refinement, num_cores
 from fuyou.memory import MemoryMeter
 from fuyou.merging import merged_blocks, restore_adapters
-from fuyou.plan import Plan
+from fuyou.plan import Activations, Plan, StepShape
 from fuyou.plan_search import pooled_bytes
-from fuyou.planner import least_memory, simulate_plan
-from fuyou.planning import plan_for, plan_inputs, shard_sizes
+from fuyou.planner import fitting_micro_batch, least_memory, simulate_plan, with_best_windows
+from fuyou.planning import key_of, plan_for, plan_inputs, shard_sizes
+from fuyou.prediction_check import PredictionCheck
 from fuyou.quantising import QuantisedLayout
 from fuyou.simulator import SimulatedStep
 from fuyou.streamed_adamw import StreamedAdamW
-from fuyou.trace import Trace, TracingEngine
+from fuyou.trace import Span, Trace, TracingEngine
 from fuyou.trace_files import save_traces
 from io_engine import (
     Buffer,
@@ -56,6 +58,11 @@ from io_engine import (
     Store,
 )
 from optim import ShardLayout
+
+COMPUTE_MEMORY_SHARE = 0.8
+"""Of the host memory that is free beside the pools, what a micro-batch in compute may take."""
+MOST_PREDICTIONS = 256
+"""Kept, by batch."""
 
 
 class Runtime:
@@ -110,6 +117,7 @@ class Runtime:
         self._device_name = device
         self._seed = seed
         self._micro_batch_size = micro_batch_size
+        self._is_micro_batch_chosen = False
         # Now, since peft may put a module of another kind in its place.
         self._vocabulary_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
         self._added: dict[str, nn.Parameter] = {}
@@ -117,6 +125,7 @@ class Runtime:
         self._adapter_bytes = 0
         self._adapted: frozenset[str] = frozenset()
         """Blocks in which adapters are trained."""
+        self._expected: StepShape | None = None
         self._hardware = cached_hardware(config.store_directories, device, config.compute_dtype)
         self.plan = self._make_plan(clipping=False)
         self._device: Device = make_device(device, trace)
@@ -132,11 +141,18 @@ class Runtime:
         self._step_loss: float | None = 0.0
         """None if a loss of this step was computed outside of the model."""
         self._step_tokens = 0
+        self._step_shape = StepShape()
+        self._is_disturbed = False
+        """Whether this step's figures are not those of training alone."""
+        self._check = PredictionCheck(device, num_cores())
         self._counted = (0, 0)
         self._pools: list[BufferPool] = []
         self._weights: WeightStream
         self._resident_states: dict[str, Buffer] = {}
         self._adapters: ResidentAdapters | None = None
+        self._predictions: dict[StepShape, SimulatedStep] = {}
+        """By batch: lengths of rows differ from step to step, and many come again."""
+        self._last_shape = StepShape()
         self._interrupted: str | None = None
         self._gradients_since = -1
         self._executor = StepExecutor(
@@ -168,6 +184,10 @@ class Runtime:
         """Bytes read from and written to the store's drives since the model was opened, by the engine's counters."""
         return self._engine.bytes_read, self._engine.bytes_written
 
+    def expect(self, shape: StepShape) -> None:
+        """Let the plan of training be made for such steps, which are not known before the first batch; before AdamW."""
+        self._expected = shape
+
     def flush(self) -> None:
         """Block until every optimizer step taken is committed."""
         self._check_usable()
@@ -186,6 +206,7 @@ class Runtime:
             if self.cut_short is None:
                 self.flush()
                 self._save_traces()
+                self._learn()
         finally:
             self.abandon()
 
@@ -230,6 +251,21 @@ class Runtime:
     def step_metrics(self) -> dict[str, Any]:
         """Figures of the last optimizer step, as in a line of metrics.jsonl; empty before the first."""
         return dict(self._metrics) | ({"committed_step": self.committed_step} if self._metrics else {})
+
+    def choose_activations(self, activations: Mapping[str, Activations]) -> None:
+        """Follow other plans for the activations of these blocks from the next forward pass on; changes no bit."""
+        blocks = tuple(
+            dataclasses.replace(b, activations=activations.get(b.name, b.activations)) for b in self.plan.blocks
+        )
+        self.plan = dataclasses.replace(self.plan, blocks=blocks)
+        self._executor.discard()
+        self._executor.use(self._weights, self._activations, {b.name: b.activations for b in blocks})
+
+    def take_spans(self) -> tuple[Span, ...]:
+        """What was traced since the last optimizer step, or the last call of this."""
+        self._device.collect_spans()
+        now = time.perf_counter()
+        return self.trace.end_step(0, now, now).spans
 
     def list_ops(self, **batch: Any) -> dict[str, tuple[Op, ...]]:
         """What each decoder layer computes for one micro-batch: the numbers that `BlockPlan.activations` may name.
@@ -415,6 +451,7 @@ class Runtime:
         self._weights.optimizer = optimizer
         self._executor.optimizer = optimizer
         self._step_started = time.perf_counter()
+        self._check = PredictionCheck(self._device_name, num_cores())
         self._counted = (self._engine.bytes_read, self._engine.bytes_written)
         self._meter.take_peak()
         return optimizer
@@ -459,7 +496,11 @@ class Runtime:
             micro_batch_size=self._micro_batch_size,
             hardware=self._hardware,
             adapter_bytes=self._adapter_bytes,
+            shape=self._expected,
         )
+        self._shards = inputs.shards
+        # With what earlier runs of this model have found.
+        self._refined_hardware, self._run_key = inputs.hardware, key_of(inputs.shards, self.config.moment_dtype)
         return plan_for(inputs, self.config)
 
     def _see_added_parameters(self) -> None:
@@ -624,6 +665,7 @@ class Runtime:
         ):
             raise ConfigError("float16 autocast needs a gradient scaler, which is not supported: use bfloat16")
         arguments["use_cache"] = False
+        self._choose_micro_batch(arguments)
         if self.outputs_mode or arguments.get("labels") is None:
             return self._train_on_outputs(arguments)
         arguments.pop("return_dict", None)
@@ -642,10 +684,11 @@ class Runtime:
             zero = _QueuedLoss.apply(self._executor.anchor, self._queued_scales)  # type: ignore[no-untyped-call]
             return self._output(type(None), zero)
         calls, self._queued = [*self._queued, *calls], []
-        step, first = self._begin_pass(len(calls))
+        step, first = self._begin_pass([call for call, _ in calls])
         record = self._executor.forward(calls, step=step, first=first)
         loss = _Loss.apply(self._executor.anchor, self, record)  # type: ignore[no-untyped-call]
         record.reported_loss, record.num_tokens = float(record.loss), sum(_num_tokens(call) for call, _ in calls)
+        record.shape = _shape_of(call for call, _ in calls)
         return self._output(record.output_type, loss)
 
     def _train_on_outputs(self, arguments: dict[str, Any]) -> Any:
@@ -655,7 +698,7 @@ class Runtime:
             weights = [weight for _, weight in self._split(arguments)]
         else:
             weights = [_num_rows(part) / _num_rows(arguments) for part in parts]
-        step, first = self._begin_pass(len(parts))
+        step, first = self._begin_pass(parts)
         record, outputs = self._executor.forward_outputs(parts, step=step, first=first)
         flat = [tree_flatten(output) for output in outputs]
         values = [leaf.value for leaves, _ in flat for leaf in leaves if isinstance(leaf, Output)]
@@ -670,18 +713,68 @@ class Runtime:
         loss = getattr(output, "loss", None)
         record.reported_loss = float(loss.detach()) if isinstance(loss, torch.Tensor) else None
         record.num_tokens = sum(map(_num_tokens, parts))
+        record.shape = _shape_of(parts)
         return output
 
-    def _begin_pass(self, num_micro_batches: int) -> tuple[int, int]:
+    def _fit_plan(self, shape: StepShape) -> None:
+        """Choose the windows of updates for such steps, if the plan was made without knowing any."""
+        if self._expected is not None or self.config.plan is not None or self._refined_hardware is None:
+            return
+        assert self.optimizer is not None
+        self._expected = shape
+        self.plan = with_best_windows(self.plan, self._refined_hardware, shape)
+        self.optimizer.set_early(
+            frozenset(b.name for b in self.plan.blocks if b.trainable and b.update_window == "backward")
+        )
+
+    def _choose_micro_batch(self, arguments: Mapping[str, Any]) -> None:
+        """Split a new run's batches, if they were not to be of a given size and do not find room; fixed from then on.
+
+        The larger micro-batches are, the less a token's compute takes, so that memory alone decides.
+        """
+        if self._micro_batch_size is not None or self.store.step or self._is_micro_batch_chosen:
+            return
+        self._is_micro_batch_chosen = True
+        plan, rows = self.plan, _num_rows(arguments)
+        if plan.gpu_memory_bytes is not None:
+            room = plan.gpu_memory_bytes - least_memory(self._shards).device
+        else:
+            # Pools take their memory when it is first used.
+            pooled = plan.pool_bytes - sum(pool.used_bytes for pool in self._pools)
+            room = int(COMPUTE_MEMORY_SHARE * (available_host_bytes() - max(0, pooled)))
+        length = _shape_of([arguments]).sequence_length
+        size = fitting_micro_batch(
+            self._shards,
+            self.config.compute_dtype,
+            num_rows=rows,
+            sequence_length=length,
+            room_bytes=room,
+            loss_chunk_tokens=self.config.loss_chunk_tokens,
+        )
+        if size == rows:
+            return
+        self._micro_batch_size = size
+        reason = (
+            f"of {rows} rows of {length} tokens: {format_bytes(max(0, room))} are free for a micro-batch in compute"
+        )
+        self.plan = dataclasses.replace(
+            plan, micro_batch_size=size, reasons={**plan.reasons, "micro_batch_size": reason}
+        )
+        numerics: Any = self.store.state["numerics"]
+        state = {**self.store.state, "numerics": {**numerics, "micro_batch_size": size}}
+        self.store.commit(step=self.store.step, slots={}, checksums={}, state=state)
+
+    def _begin_pass(self, calls: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
         """Get ready for a forward pass with gradients; its step, and the number in it of the first micro-batch."""
         assert self.optimizer is not None
         self.optimizer.raise_if_broken()
         self._executor.discard()
         if self._gradients_wait():
             self.optimizer.accumulate()
+        self._fit_plan(_shape_of(calls))
         step = self.optimizer.step_count
         first = self._micro_batches_of_step[1] if self._micro_batches_of_step[0] == step else 0
-        self._micro_batches_of_step = (step, first + num_micro_batches)
+        self._micro_batches_of_step = (step, first + len(calls))
         return step, first
 
     def _count(self, record: ForwardRecord) -> None:
@@ -691,10 +784,11 @@ class Runtime:
         """
         assert self.optimizer is not None
         if not self._gradients_wait():
-            self._step_loss, self._step_tokens = 0.0, 0
+            self._step_loss, self._step_tokens, self._step_shape = 0.0, 0, StepShape()
         loss = record.reported_loss
         self._step_loss = None if loss is None or self._step_loss is None else self._step_loss + loss
         self._step_tokens += record.num_tokens
+        self._step_shape = self._step_shape.plus(record.shape)
         self._gradients_since = self.optimizer.num_steps_called
         if self._step_loss is not None and not math.isfinite(self._step_loss):
             self.optimizer.refuse_step(f"the loss is {self._step_loss}")
@@ -786,6 +880,7 @@ class Runtime:
         Between a backward pass and its step, early updates have run already. On the drive they are
         in the other slot, where nobody looks; in memory they must not be seen.
         """
+        self._is_disturbed = True
         self.flush()
         ahead = self.optimizer is not None and self.optimizer.has_guesses
         if ahead:
@@ -892,6 +987,7 @@ class Runtime:
         self._device.collect_spans()
         trace = self.trace.end_step(result.step, self._step_started, now)
         read, written = self._engine.bytes_read, self._engine.bytes_written
+        predicted = self._predicted(self._step_shape)
         self._metrics = {
             "step": result.step,
             "committed_step": self.committed_step,
@@ -904,7 +1000,8 @@ class Runtime:
             "learning_rate": float(optimizer.param_groups[0]["lr"]),
             "num_tokens": self._step_tokens,
             "seconds": now - self._step_started,
-            "predicted_seconds": self._predicted_seconds(),
+            "predicted_seconds": None if predicted is None else predicted.seconds,
+            "predicted_lane_seconds": None if predicted is None else predicted.lane_seconds,
             "bytes_read": read - self._counted[0],
             "bytes_written": written - self._counted[1],
             "bytes_spilled": result.bytes_spilled + 2 * self._activations.bytes_spilled,
@@ -913,21 +1010,55 @@ class Runtime:
             "limiting_lane": trace.limiting_lane(),
             "lane_seconds": trace.lane_seconds(),
         }
+        is_plain = not (result.clipped or result.skipped or result.num_redone or self._is_disturbed)
+        if predicted is not None and is_plain:
+            warnings = self._check.add(
+                predicted.seconds,
+                predicted.lane_seconds,
+                self._metrics["seconds"],
+                self._metrics["lane_seconds"],
+                bytes_read=self._metrics["bytes_read"],
+                bytes_written=self._metrics["bytes_written"],
+            )
+            if warnings:
+                self._metrics["warnings"] = warnings
         self._activations.bytes_spilled = 0
         self._counted = (read, written)
+        self._is_disturbed = False
+        self._last_shape = self._step_shape
         self._step_started, self._step_loss, self._step_tokens = now, 0.0, 0
 
-    def _predicted_seconds(self) -> float | None:
-        """What the plan expects of a step with as many tokens as this one."""
-        if self._hardware is None or self.plan.prediction is None:
+    def _predicted(self, shape: StepShape) -> SimulatedStep | None:
+        """What the plan expects of a step with such a batch."""
+        if self._refined_hardware is None or not shape.num_tokens:
             return None
-        return simulate_plan(self.plan, self._hardware, self._step_tokens).seconds
+        shape = shape.about()
+        if shape not in self._predictions:
+            if len(self._predictions) >= MOST_PREDICTIONS:
+                self._predictions.clear()
+            self._predictions[shape] = simulate_plan(
+                self.plan,
+                self._refined_hardware,
+                shape.num_tokens,
+                shape.sequence_length,
+                num_micro_batches=shape.num_micro_batches,
+            )
+        return self._predictions[shape]
 
     def predicted_step(self) -> SimulatedStep | None:
-        """What the plan expects of a step with as many tokens as the last one; None where nothing is measured or taken."""
-        if self._hardware is None or not self._metrics:
-            return None
-        return simulate_plan(self.plan, self._hardware, self._metrics["num_tokens"])
+        """What the plan expects of a step with a batch as the last one's; None where nothing is measured or taken."""
+        return self._predicted(self._last_shape) if self._metrics else None
+
+    def _learn(self) -> None:
+        """Keep for later runs of this model by what its lanes differ from the measured profile; never a reason to fail."""
+        found = self._check.factors()
+        if not found or self._hardware is None:
+            return
+        before = self._hardware.refined.get(self._run_key, {})
+        factors = {lane: before.get(lane, 1.0) * found.get(lane, 1.0) for lane in before.keys() | found.keys()}
+        keep_refinement(
+            self.config.store_directories, self._device_name, self.config.compute_dtype, self._run_key, factors
+        )
 
     def _save_traces(self) -> None:
         """Leave the last steps' lanes beside the store, for `fuyou trace`; never a reason to fail."""
@@ -966,6 +1097,19 @@ class Runtime:
         except BaseException:
             self._interrupted = what
             raise
+
+
+def _shape_of(calls: Iterable[Mapping[str, Any]]) -> StepShape:
+    """Of micro-batches with these arguments."""
+    shape = StepShape()
+    for arguments in calls:
+        for name in ("input_ids", "inputs_embeds", "labels"):
+            value = arguments.get(name)
+            if isinstance(value, torch.Tensor) and value.ndim >= 2:
+                rows, length = value.shape[:2]
+                shape = shape.plus(StepShape(int(rows * length), 1, int(length)))
+                break
+    return shape
 
 
 class _Loss(torch.autograd.Function):

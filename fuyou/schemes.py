@@ -15,7 +15,7 @@ from fuyou.errors import ConfigError
 from fuyou.hardware import HardwareProfile
 from fuyou.plan import BlockPlan
 from fuyou.plan_search import best_count, spread
-from fuyou.planner import ShardSize, make_plan
+from fuyou.planner import ShardSize, fitting_micro_batch, least_memory, make_plan
 from fuyou.simulator import SimulatedStep, multiplied_parameters, simulate_step
 
 HOST_MEMORY_SHARE = 0.8
@@ -56,20 +56,35 @@ class SimulatedRun:
 def simulate_scheme(
     scheme: str, shards: Sequence[ShardSize], hardware: HardwareProfile, *, batch_size: int, sequence_length: int
 ) -> SimulatedRun:
-    """A steady step of a batch as one micro-batch. ConfigError for an unknown scheme, PlanError if ours does not fit."""
+    """A steady step of a batch: of one micro-batch under published schedules, of as few as find room under ours.
+
+    ConfigError for an unknown scheme, PlanError if ours does not fit.
+    """
     num_tokens = batch_size * sequence_length
+    num_micro_batches = 1
 
     def step_of(blocks: Sequence[BlockPlan], prefetch_depth: int = 2, after_backward: bool = False) -> SimulatedStep:
         return simulate_step(
             blocks,
             hardware,
             num_tokens=num_tokens,
+            num_micro_batches=num_micro_batches,
             prefetch_depth=prefetch_depth,
             sequence_length=sequence_length,
             updates_after_backward=after_backward,
         )
 
     if scheme == "fuyou":
+        if hardware.gpu_memory_bytes is not None:
+            size = fitting_micro_batch(
+                shards,
+                "bfloat16",
+                num_rows=batch_size,
+                sequence_length=sequence_length,
+                room_bytes=hardware.gpu_memory_bytes - least_memory(shards).device,
+                loss_chunk_tokens=None,
+            )
+            num_micro_batches = -(-batch_size // size)
         plan = make_plan(
             shards,
             device=hardware.device,
@@ -84,6 +99,7 @@ def simulate_scheme(
             hardware=hardware,
             boundary_bytes=num_tokens * sum(s.input_bytes_per_token for s in shards),
             num_tokens=num_tokens,
+            num_micro_batches=num_micro_batches,
             sequence_length=sequence_length,
         )
         blocks: Sequence[BlockPlan] = plan.blocks

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import heapq
+import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from fuyou.costs import BACKWARD_FLOPS, FORWARD_FLOPS, RECOMPUTE_FLOPS, num_update_workers
-from fuyou.hardware import HardwareProfile
+from fuyou.hardware import ComputeSample, HardwareProfile
 from fuyou.html import lanes_picture
 from fuyou.plan import BlockPlan
 
@@ -24,9 +26,20 @@ MOST_PIECES, MOST_PIECES_OF_STEP = 8, 256
 cost little more time here than small ones; one block's share of their step is small."""
 KEPT = ("keep", "host", "ssd")
 """Policies for the activations of a whole layer under which its matrix products are not computed again."""
-RECORD_BUFFERS = 6
-"""Records between the beginning of their read and the end of their write."""
+RECORDS_AHEAD = 2
+"""Records on their way into memory while one is updated, as the optimizer does it."""
 
+
+class Buffers(NamedTuple):
+    """How many of each kind may be under way, beside what stays in memory; 0: as many as are wanted."""
+
+    weights: int = 0
+    gradients: int = 0
+    records: int = 6
+    """Records between the beginning of their read and the end of their write."""
+
+
+AMPLE = Buffers()
 Speeds = Callable[[frozenset[str]], Mapping[str, float]]
 """From the busy lanes to the share of its own full speed at which each works."""
 
@@ -145,22 +158,35 @@ def simulate_step(
     hardware: HardwareProfile,
     *,
     num_tokens: int,
+    num_micro_batches: int = 1,
+    moment_dtype: str = "float32",
     prefetch_depth: int = 2,
     commit_every_steps: int = 1,
     sequence_length: int = 0,
     updates_after_backward: bool = False,
+    buffers: Buffers = AMPLE,
 ) -> SimulatedStep:
     """Simulate training with a plan's blocks until it is steady, and return that step; no step is clipped.
 
+    `num_tokens` are those of all micro-batches together, padding included, since that is computed with too.
     Where not every step is written, each has its share of the writes of one that is. Without a `sequence_length` attention
     scores are left out. With `updates_after_backward` no update of a late window begins before the backward pass has ended
     and no forward pass before all have: how others do it, never our executor.
     """
     builder = _StepBuilder(
-        blocks, hardware, num_tokens, prefetch_depth, commit_every_steps, sequence_length, updates_after_backward
+        blocks,
+        hardware,
+        num_tokens=num_tokens,
+        num_micro_batches=num_micro_batches,
+        moment_dtype=moment_dtype,
+        prefetch_depth=prefetch_depth,
+        commit_every_steps=commit_every_steps,
+        sequence_length=sequence_length,
+        updates_after_backward=updates_after_backward,
+        buffers=buffers,
     )
     ends = [builder.add_step() for _ in range(3)]
-    started, ended = _play(builder.tasks, lane_speeds(hardware))
+    started, ended = _play(builder.tasks, lane_speeds(hardware, builder.layer_size))
     begin, end = ended[ends[1]], ended[ends[2]]
     inside = [
         SimulatedSpan(task.lane, task.name, max(started[n], begin) - begin, min(ended[n], end) - begin)
@@ -173,27 +199,106 @@ def simulate_step(
     return SimulatedStep(end - begin, lanes, tuple(inside))
 
 
-def lane_speeds(hardware: HardwareProfile) -> Speeds:
-    """How lanes slow each other on this machine.
+def lane_speeds(hardware: HardwareProfile, layer_size: int = 0) -> Speeds:
+    """How lanes slow each other on this machine, while layers of so many multiplied parameters are computed.
 
-    Reads and writes at once get the measured mixed rate, each in proportion to its own; on a CPU compute wants all
-    cores and Adam its workers, and both get their share of what there is.
+    Reads and writes at once get the measured mixed rate, each in proportion to its own. Whatever else is busy at once
+    has the share of its speed that was measured for that; without a measurement, on a CPU, compute wants all cores and
+    updates their workers, and both get their share of what there is.
     """
     drive = min(
         1.0, hardware.mixed_bytes_per_second / (hardware.read_bytes_per_second + hardware.write_bytes_per_second)
     )
+    on_cpu = hardware.device == "cpu"
     workers = num_update_workers("cpu", hardware.num_cores)
     cores = hardware.num_cores / (hardware.num_cores + workers)
+    small = 1.0 - _share_of_large(_layer_sizes(hardware.compute_samples), layer_size)
+    works = {"cpu": "cpu", "ssd_read": "io", "ssd_write": "io"} | ({"gpu": "gpu"} if on_cpu else {})
 
     def speeds(busy: frozenset[str]) -> dict[str, float]:
         found = dict.fromkeys(busy, 1.0)
         if {"ssd_read", "ssd_write"} <= busy:
             found["ssd_read"] = found["ssd_write"] = drive
-        if hardware.device == "cpu" and {"gpu", "cpu"} <= busy:
+        together = "+".join(sorted({works[lane] for lane in busy if lane in works}))
+        if together in hardware.speeds_together:
+            shares = dict(hardware.speeds_together[together])
+            if "gpu_small" in shares and "gpu" in shares:
+                shares["gpu"] += small * (shares["gpu_small"] - shares["gpu"])
+            return {lane: speed * shares.get(works.get(lane, ""), 1.0) for lane, speed in found.items()}
+        if not hardware.speeds_together and on_cpu and {"gpu", "cpu"} <= busy:
             found["gpu"] = found["cpu"] = cores
         return found
 
     return speeds
+
+
+def compute_seconds(
+    hardware: HardwareProfile,
+    multiplied_parameters: int,
+    num_tokens: float,
+    *,
+    what: str,
+    activations: str = "recompute",
+) -> float:
+    """Seconds of a block's pass over one micro-batch of so many tokens: "forward", "backward" of a layer, and "backward
+    alone" of what is not computed again.
+
+    A parameter's share of the measured layers' times, between these by the block's size, and between micro-batches by
+    their tokens; beyond the measured tokens in proportion to them, beyond the measured sizes as the nearest.
+    """
+    if not hardware.compute_samples:
+        flops = FORWARD_FLOPS if what == "forward" else BACKWARD_FLOPS
+        if what == "backward" and activations not in KEPT:
+            flops += RECOMPUTE_FLOPS
+        return flops * num_tokens * multiplied_parameters / hardware.compute_flops_per_second
+    if not multiplied_parameters or not num_tokens:
+        return 0.0
+    each: list[float] = []
+    for layer in _layers(hardware.compute_samples):
+        points = sorted((s.num_tokens, _seconds(s, what, activations) / s.multiplied_parameters) for s in layer)
+        each.append(_between(points, num_tokens))
+    share = _share_of_large(_layer_sizes(hardware.compute_samples), multiplied_parameters)
+    return multiplied_parameters * (each[0] + share * (each[-1] - each[0]))
+
+
+def _seconds(sample: ComputeSample, what: str, activations: str) -> float:
+    if what == "backward alone":
+        # Computing again takes what computing took.
+        return max(0.0, sample.backward_seconds - sample.forward_seconds)
+    # "keep" leaves on a CPU what "host" copies to pooled memory.
+    place = {"recompute": "", "keep": "host_", "host": "host_", "ssd": "ssd_"}[activations]
+    seconds: float = getattr(sample, f"{place}{what}_seconds")
+    return seconds
+
+
+def _layers(samples: Sequence[ComputeSample]) -> list[list[ComputeSample]]:
+    """The samples of the small layer and those of the large one, which were measured with as many numbers of tokens."""
+    ordered = sorted(samples, key=lambda sample: sample.multiplied_parameters)
+    count = len({sample.num_tokens for sample in samples})
+    return [layer for layer in (ordered[:count], ordered[count:]) if layer]
+
+
+def _layer_sizes(samples: Sequence[ComputeSample]) -> list[float]:
+    return [sum(s.multiplied_parameters for s in layer) / len(layer) for layer in _layers(samples)]
+
+
+def _share_of_large(sizes: Sequence[float], size: float) -> float:
+    """Where a size lies between the smallest and the largest, by their logarithms: 0 to 1; 1 where there is no telling."""
+    if not size or not sizes or sizes[-1] <= sizes[0]:
+        return 1.0
+    return min(1.0, max(0.0, math.log(size / sizes[0]) / math.log(sizes[-1] / sizes[0])))
+
+
+def _between(points: Sequence[tuple[float, float]], x: float) -> float:
+    """The broken line through the points at x; the first one's height before it, in proportion to x behind the last."""
+    if x <= points[0][0]:
+        return points[0][1]
+    if x >= points[-1][0]:
+        return points[-1][1] * x / points[-1][0]
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    raise AssertionError("x lies between the first and the last point")
 
 
 class _StepBuilder:
@@ -203,15 +308,27 @@ class _StepBuilder:
         self,
         blocks: Sequence[BlockPlan],
         hardware: HardwareProfile,
+        *,
         num_tokens: int,
+        num_micro_batches: int,
+        moment_dtype: str,
         prefetch_depth: int,
         commit_every_steps: int,
         sequence_length: int,
         updates_after_backward: bool,
+        buffers: Buffers,
     ) -> None:
+        self._buffers = buffers
+        self._weight_ends: list[tuple[int, ...]] = []
+        """By read of weights, what ends the use of their buffer."""
+        self._gradient_ends: list[tuple[int, ...]] = []
+        self._last_spill: int | None = None
         self.tasks: list[Task] = []
         self._blocks, self._hardware = blocks, hardware
-        self._tokens = num_tokens
+        self._tokens, self._micro_batches = num_tokens, max(1, num_micro_batches)
+        self._updates_per_second = hardware.update_parameters_per_second.get(
+            moment_dtype, hardware.adam_parameters_per_second
+        )
         self._depth = prefetch_depth
         self._commit_every_steps = commit_every_steps
         self._all_late = updates_after_backward
@@ -220,6 +337,10 @@ class _StepBuilder:
         """Of these, the ones with weights that had been read."""
         self._last_read: int | None = None
         self._written_records: list[int] = []
+        self._adams: list[int] = []
+        self._commit: int | None = None
+        self._uncommitted: list[int] = []
+        """Writes since the last commit."""
         self._written: dict[str, int] = {}
         """By block, the write of its latest weights."""
         self._updated: dict[str, int] = {}
@@ -229,31 +350,46 @@ class _StepBuilder:
         self._saved: dict[str, int] = {}
         """By block, what brought the activations of its forward pass to where they wait."""
         self._multiplied = multiplied_parameters(blocks, sequence_length)
+        self.layer_size = max([self._multiplied[b.name] for b in blocks if b.kind == "layer"], default=0)
+        self._known_seconds: dict[tuple[int, str, str], float] = {}
 
     def add_step(self) -> int:
         """One more step; returns the number of its last task in the backward pass."""
         for block in self._blocks:
             in_host = self._read_weights(block)
+            uses: tuple[int, ...] = ()
             if block.name in self._gradients:
                 in_host = self._update(block, [in_host, self._gradients.pop(block.name)])
+                # They are written from where they are computed with.
+                uses = (self._written[block.name],)
             frozen = block.weights_on_device and not block.trainable
             weights = in_host if frozen else self._upload_weights(block, in_host)
-            self._compute(block, f"{block.name} forward", FORWARD_FLOPS, weights)
+            self._compute(block, "forward", weights)
+            self._end_weights(block, (self._computes[-1], *uses))
             if block.kind == "layer":
                 self._save_activations(block)
             if block.kind == "epilogue":  # its backward pass follows at once
-                self._compute(block, f"{block.name} backward", BACKWARD_FLOPS, weights)
+                self._compute(block, "backward", weights)
+        # Every late update of the last step has been made: it is committed before an early one of this step is.
+        if self._uncommitted and self._hardware.commit_seconds:
+            seconds = self._hardware.commit_seconds / self._commit_every_steps
+            self._commit = self._add("ssd_write", "commit", seconds, self._uncommitted)
+        self._uncommitted = []
         for block in reversed([block for block in self._blocks if block.in_backward]):
             is_epilogue = block.kind == "epilogue"
             reads = not is_epilogue or (block.trainable and block.update_window == "backward")
             reads = reads and not block.stays_on_device()
             weights = self._upload_weights(block, self._read_weights(block)) if reads else self._computes[-1]
             if not is_epilogue:
-                again = RECOMPUTE_FLOPS if block.activations not in KEPT else 0.0
                 saved = self._saved_activations(block) if block.kind == "layer" else None
-                self._compute(block, f"{block.name} backward", BACKWARD_FLOPS + again, weights, saved)
+                self._compute(block, "backward", weights, saved)
+            uses = (self._computes[-1],)
             if block.trainable:
                 self._gradient(block, weights)
+                if block.update_window == "backward":
+                    uses = (self._written[block.name],)
+            if reads:
+                self._end_weights(block, uses)
         end = self._computes[-1]
         if self._all_late:
             late = [b for b in reversed(self._blocks) if b.name in self._gradients]
@@ -274,8 +410,11 @@ class _StepBuilder:
         if block.num_weight_reads() == 0:  # they need neither a read nor a buffer
             return self._add("ssd_read", f"{block.name} weights", 0.0, (self._updated.get(block.name),))
         seconds = block.weight_bytes / self._hardware.read_bytes_per_second
-        after = (self._ahead_in(self._computed_reads), self._written.get(block.name))
-        return self._add("ssd_read", f"{block.name} weights", seconds, after)
+        waits = [self._ahead_in(self._computed_reads), self._written.get(block.name)]
+        count = self._buffers.weights
+        if count and len(self._weight_ends) >= count:
+            waits += self._weight_ends[-count]
+        return self._add("ssd_read", f"{block.name} weights", seconds, waits)
 
     def _upload_weights(self, block: BlockPlan, in_host: int) -> int:
         """Bring them to the device, where there is one; the last task of that."""
@@ -284,15 +423,34 @@ class _StepBuilder:
         seconds = self._link_seconds(block.weight_bytes)
         return self._add("h2d", f"{block.name} weights", seconds, (in_host, self._ahead_in(self._computes)))
 
+    def _end_weights(self, block: BlockPlan, uses: tuple[int, ...]) -> None:
+        """What was read for the block is in use until all of these have ended."""
+        if block.num_weight_reads():
+            self._weight_ends.append(uses)
+
     def _link_seconds(self, num_bytes: int) -> float:
         rate = self._hardware.link_bytes_per_second
         return num_bytes / rate if rate else 0.0
 
-    def _compute(self, block: BlockPlan, name: str, flops: float, weights: int, saved: int | None = None) -> None:
-        amount = flops * self._multiplied[block.name] * self._tokens
-        before = self._computes[-1] if self._computes else None
-        seconds = amount / self._hardware.compute_flops_per_second
-        self._computes.append(self._add("gpu", name, seconds, (before, weights, saved)))
+    def _compute(self, block: BlockPlan, what: str, weights: int, saved: int | None = None) -> None:
+        # Of single operations some are computed again, some wait: nearer to "recompute".
+        activations = block.activations if isinstance(block.activations, str) else "recompute"
+        kind = what if block.kind == "layer" or what == "forward" else "backward alone"
+        multiplied, tokens = self._multiplied[block.name], self._tokens / self._micro_batches
+        key = (multiplied, kind, activations)
+        each = self._known_seconds.get(key)
+        if each is None:  # most blocks are alike
+            each = compute_seconds(self._hardware, multiplied, tokens, what=kind, activations=activations)
+            self._known_seconds[key] = each
+        seconds = self._micro_batches * each
+        if block.kind == "prologue" and block.trainable and what == "backward" and tokens:
+            rate = self._hardware.gradient_parameters_per_second
+            seconds += self._micro_batches * block.num_parameters / rate if rate else 0.0
+        waits = [self._computes[-1] if self._computes else None, weights, saved]
+        count = self._buffers.gradients
+        if what == "backward" and block.trainable and count and len(self._gradient_ends) >= count:
+            waits += self._gradient_ends[-count]
+        self._computes.append(self._add("gpu", f"{block.name} {what}", seconds, waits))
         if block.num_weight_reads():
             self._computed_reads.append(self._computes[-1])
 
@@ -328,14 +486,20 @@ class _StepBuilder:
         gradient = self._computes[-1]
         if self._hardware.device != "cpu":
             gradient = self._add("d2h", f"{block.name} gradient", self._link_seconds(block.gradient_bytes), (gradient,))
+        # Gradients are taken in one after the other, each until it is spilled.
+        waits = [gradient] if self._last_spill is None else [gradient, self._last_spill]
         spilled = gradient
         if block.gradient == "spill":
             seconds = block.gradient_bytes / self._hardware.write_bytes_per_second
-            spilled = self._add("ssd_write", f"{block.name} gradient", seconds, (gradient,))
+            spilled = self._last_spill = self._add("ssd_write", f"{block.name} gradient", seconds, waits)
         if block.update_window == "backward":
-            self._update(block, [weights, gradient])
+            self._update(block, [weights, *waits])
+            if block.gradient != "host":
+                self._gradient_ends.append((spilled, self._written[block.name]))
         else:
             self._gradients[block.name] = spilled
+            if block.gradient == "spill":
+                self._gradient_ends.append((spilled,))
 
     def _update(self, block: BlockPlan, after: Sequence[int]) -> int:
         """States in, Adam, states and weights out, record by record; returns what makes the weights new."""
@@ -346,20 +510,28 @@ class _StepBuilder:
         most = min(MOST_PIECES, max(2, MOST_PIECES_OF_STEP // len(self._blocks)))
         pieces = min(most, -(-block.num_parameters // RECORD_PARAMETERS))
         read_seconds = read_bytes / pieces / hardware.read_bytes_per_second
-        adam_seconds = block.num_parameters / pieces / hardware.adam_parameters_per_second
+        adam_seconds = block.num_parameters / pieces / self._updates_per_second
         written_bytes = (block.weight_bytes + block.state_bytes) / self._commit_every_steps
         write_seconds = written_bytes / pieces / hardware.write_bytes_per_second
         adam = written = 0
         for _ in range(pieces):
             # Records are read in their order and when it is the block's turn, a few ahead of the arithmetic.
-            read = self._add("ssd_read", f"{block.name} states", read_seconds, (self._last_read, self._ahead(), *after))
+            waits = (self._last_read, self._written_before(), self._updated_before(), self._commit, *after)
+            read = self._add("ssd_read", f"{block.name} states", read_seconds, waits)
             self._last_read = read
-            adam = self._add("cpu", f"{block.name} Adam", adam_seconds, (read, *after))
+            adam = self._add("cpu", f"{block.name} update", adam_seconds, (read, *after))
             written = self._add("ssd_write", f"{block.name} states", write_seconds, (adam,))
+            self._adams.append(adam)
             self._written_records.append(written)
+            self._uncommitted.append(written)
         self._written[block.name], self._updated[block.name] = written, adam
         return adam
 
-    def _ahead(self) -> int | None:
+    def _written_before(self) -> int | None:
         """The write that frees the buffer of the record that is read next."""
-        return self._written_records[-RECORD_BUFFERS] if len(self._written_records) >= RECORD_BUFFERS else None
+        count = self._buffers.records
+        return self._written_records[-count] if len(self._written_records) >= count else None
+
+    def _updated_before(self) -> int | None:
+        """The update behind which the next record's read is asked for."""
+        return self._adams[-RECORDS_AHEAD] if len(self._adams) >= RECORDS_AHEAD else None

@@ -16,15 +16,27 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fuyou.checkpointing import prune_checkpoints, step_name
 from fuyou.config import format_bytes
-from fuyou.data import BatchOrder, DataSet, TokenRows, collate, load_data, num_label_tokens
+from fuyou.data import (
+    BatchOrder,
+    DataSet,
+    TokenRows,
+    collate,
+    load_data,
+    num_label_tokens,
+    sample_lengths,
+    shuffled,
+)
 from fuyou.errors import ConfigError, DataError
 from fuyou.generation import Prompt, Sampling, answer_all, choose_chat
 from fuyou.inference import keep_tokenizer
 from fuyou.lora import add_adapters
 from fuyou.metrics import MetricsFile
 from fuyou.packing import Packs, check_texts_apart, collate_packs, pack_rows
+from fuyou.plan import StepShape
 from fuyou.progress import Reporter, RunStart, RunStatistics, RunSummary, StepReport
 from fuyou.recipe import Recipe, dump_recipe
 from fuyou.tokenizing import HuggingFaceTokenizer, load_tokenizer
@@ -108,6 +120,34 @@ def open_model(recipe: Recipe, *, resume: str | int | None = None) -> Any:
         raise
 
 
+NUM_SAMPLED_ROWS, NUM_SAMPLED_STEPS = 256, 64
+
+
+def expected_shape(recipe: Recipe) -> tuple[StepShape, str]:
+    """How much a step of the recipe computes, by some of its rows, and how that is known; reads the data's files.
+
+    Data of the hub is not fetched for this: its rows then count with their longest.
+    """
+    length, source = float(recipe.data.max_length), f"data.max_length={recipe.data.max_length}"
+    if recipe.data.packing:
+        source += ", which packing fills"
+    elif recipe.data.file is None:
+        source += " (the data of the hub is not looked at)"
+    else:
+        lengths = sample_lengths(recipe.data, _tokenizer_of(recipe), NUM_SAMPLED_ROWS)
+        chosen = shuffled(NUM_SAMPLED_STEPS * recipe.rows_per_step, recipe.shuffle_seed) % len(lengths)
+        length = float(lengths[chosen].reshape(NUM_SAMPLED_STEPS, recipe.rows_per_step).max(axis=1).mean())
+        source = f"{len(lengths)} rows of the data"
+    return _shape(recipe, length), source
+
+
+def _shape(recipe: Recipe, length: float) -> StepShape:
+    """Of steps whose longest row has so many tokens on the average, to which all are padded."""
+    size = recipe.offload_config().micro_batch_size or recipe.rows_per_step
+    num_micro_batches = -(-recipe.rows_per_step // size)
+    return StepShape(round(recipe.rows_per_step * length), num_micro_batches, round(length))
+
+
 def run_training(
     recipe: Recipe, reporter: Reporter, *, num_steps: int | None = None, resume: str | int | None = None
 ) -> RunSummary:
@@ -140,10 +180,7 @@ def run_training(
 
 def _load_data(recipe: Recipe, reporter: Reporter) -> tuple[Any, DataSet]:
     config = model_config(recipe)
-    name = recipe.data.tokenizer or recipe.model.name_or_path
-    assert name is not None
-    own = recipe.data.tokenizer is None
-    tokenizer = load_tokenizer(name, revision=recipe.model.revision if own else None)
+    tokenizer = _tokenizer_of(recipe)
     vocab_size = getattr(config.get_text_config(), "vocab_size", None)
     keep = Path(recipe.output.dir).expanduser() / "rows"
     data = load_data(recipe.data, tokenizer, seed=recipe.shuffle_seed, vocab_size=vocab_size, keep=keep)
@@ -152,9 +189,17 @@ def _load_data(recipe: Recipe, reporter: Reporter) -> tuple[Any, DataSet]:
     return tokenizer, data
 
 
+def _tokenizer_of(recipe: Recipe) -> Any:
+    name = recipe.data.tokenizer or recipe.model.name_or_path
+    assert name is not None
+    own = recipe.data.tokenizer is None
+    return load_tokenizer(name, revision=recipe.model.revision if own else None)
+
+
 def _measure_once(offload: Any, reporter: Reporter) -> None:
     """Measure this machine if that was not done, so that plans predict seconds; never a reason to fail."""
-    from fuyou.hardware import cached_hardware, measure_hardware
+    from fuyou.hardware import cached_hardware
+    from fuyou.measuring import measure_hardware
     from fuyou.planning import choose_device
 
     device, drives = choose_device(offload), offload.store_directories
@@ -211,10 +256,23 @@ class _Run:
             return collate(self._data.train, indices, self._data.pad_id)
         return collate_packs(self._data.train, self._packs, indices, self._data.pad_id)
 
+    def _expected_shape(self) -> StepShape:
+        """What steps compute on the average, by those of the first epoch at most."""
+        if self._data.stream is not None:
+            return expected_shape(self._recipe)[0]
+        rows = self._data.train
+        lengths = np.diff(rows.starts)
+        if self._packs is not None:
+            lengths = np.add.reduceat(lengths[self._packs.members], self._packs.starts[:-1])
+        num_steps = min(NUM_SAMPLED_STEPS, max(1, len(lengths) // self._recipe.rows_per_step))
+        longest = [lengths[self._order.batch_for_step(step)].max() for step in range(num_steps)]
+        return _shape(self._recipe, float(np.mean(longest)))
+
     def go(self, num_steps: int | None) -> RunSummary:
         """Train, evaluate, export."""
         import fuyou
 
+        self._model.fuyou.expect(self._expected_shape())
         optimizer_section = self._recipe.optimizer
         self._optimizer = fuyou.AdamW(
             self._model,
@@ -344,6 +402,8 @@ class _Run:
             self._optimizer.zero_grad()
             metrics = self._model.fuyou.step_metrics()
             self._statistics.add(metrics)
+            for warning in metrics.get("warnings", ()):
+                self._reporter.note(f"step {step + 1}: {warning}")
             try:
                 if self._is_evaluated(step + 1, target):
                     if self._data.evaluation is not None:

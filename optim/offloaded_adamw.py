@@ -537,6 +537,11 @@ class OffloadedAdamW(torch.optim.Optimizer):
         """Whether gradients were handed over whose early updates no step has accepted."""
         return bool(self._given)
 
+    def set_early(self, early: frozenset[str]) -> None:
+        """Update these shards early from the next backward pass on; ValueError where a gradient would have no place."""
+        check_waiting(self._shards, early, self._waiting)
+        self._early = early
+
     def updates_early(self, shard: str) -> bool:
         """Whether the shard's update begins when its gradient is whole: `gradient_complete` then takes its weights."""
         return self._is_guessing and shard in self._early

@@ -12,6 +12,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Plans need figures of this machine, not good ones.
+os.environ.setdefault("FUYOU_QUICK_MEASUREMENT", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -155,7 +155,7 @@ def _measure(folders: list[Path], options: argparse.Namespace, device: str, dtyp
         predicted = ours.fuyou.plan
         moved = copies.bytes_read, copies.bytes_written
     limit = [max(a, b) for a, b in zip(seconds["transfers"], seconds["compute"], strict=True)]
-    simulated = _simulated(predicted, hardware, ids.numel())
+    simulated = _simulated(predicted, hardware, ids.numel(), options.length)
     return {
         "ratio": median_ratio(seconds["step"], limit),
         "beside_in_memory": None if options.without_torch else median_ratio(seconds["in_memory"], seconds["step"]),
@@ -217,10 +217,10 @@ def _with_activations_of(block: Any, other: Any) -> Any:
     return dataclasses.replace(block, activations={n: "host" if p == "ssd" else p for n, p in places.items()})
 
 
-def _simulated(plan: Any, hardware: Any, num_tokens: int) -> float:
+def _simulated(plan: Any, hardware: Any, num_tokens: int, sequence_length: int) -> float:
     from fuyou.planner import simulate_plan
 
-    return simulate_plan(plan, hardware, num_tokens).seconds
+    return simulate_plan(plan, hardware, num_tokens, sequence_length).seconds
 
 
 def _device_allocations(device: str) -> int:

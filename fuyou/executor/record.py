@@ -17,6 +17,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from fuyou.executor.activations import SavedTensor
 from fuyou.executor.replay import Recording
+from fuyou.plan import StepShape
 
 
 class CutGradients:
@@ -124,6 +125,7 @@ class ForwardRecord:
     reported_loss: float | None = None
     """What the step's figures say; None if the loss is computed elsewhere."""
     num_tokens: int = 0
+    shape: StepShape = dataclasses.field(default_factory=StepShape)
     roots: list[Root] = dataclasses.field(default_factory=list)
     """Of a forward pass whose loss is computed by the caller: the outputs that carry gradients, in order."""
 

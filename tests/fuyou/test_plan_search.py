@@ -12,7 +12,7 @@ import pytest
 from fuyou.hardware import HardwareProfile
 from fuyou.plan import BlockPlan, Plan
 from fuyou.plan_search import best_count, pooled_bytes, spread
-from fuyou.planner import PlanInputs, least_memory, predict
+from fuyou.planner import PlanInputs, buffers_of, least_memory, predict
 from tests.fuyou.test_planner import MIB, shard
 
 NUM_TOKENS = 8192
@@ -121,8 +121,9 @@ def loss_against_all(inputs: PlanInputs) -> float:
         )
     )
     assert sum(kept_bytes(b) for b in plan.blocks) <= free
+    buffers = buffers_of(plan)
     best = min(
-        predict(blocks, hardware, NUM_TOKENS, plan.prefetch_depth).seconds
+        predict(blocks, hardware, NUM_TOKENS, plan.prefetch_depth, buffers=buffers).seconds
         for blocks in itertools.product(*(list(all_choices(b, inputs.clipping)) for b in plan.blocks))
         if sum(kept_bytes(b) for b in blocks) <= free
     )

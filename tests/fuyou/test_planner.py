@@ -24,6 +24,7 @@ from fuyou.planner import (
     make_plan,
     overhead_bytes,
     predict,
+    simulate_plan,
     traffic,
 )
 from fuyou.planning import check_plan
@@ -222,7 +223,7 @@ def test_late_updates_where_the_forward_pass_leaves_the_drive_idle() -> None:
         assert all(made.blocks[number].gradient == "host" for number in late)
         assert all(b.update_window == "backward" for b in early.blocks)
         assert made.prediction is not None
-        before = predict(early.blocks, fast, 15_000, early.prefetch_depth).seconds
+        before = simulate_plan(early, fast, 15_000).seconds
         assert made.prediction.seconds < 0.98 * before
         assert made.pool_bytes + made.overhead_bytes <= 500 * MIB
 

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import time
 from typing import Any
 
 import pytest
 
-from fuyou.hardware import HardwareProfile
+from fuyou.hardware import ComputeSample, HardwareProfile
 from fuyou.plan import BlockPlan
-from fuyou.simulator import RECORD_PARAMETERS, SimulatedSpan, Task, lane_speeds, play, simulate_step
+from fuyou.simulator import (
+    RECORD_PARAMETERS,
+    Buffers,
+    SimulatedSpan,
+    Task,
+    compute_seconds,
+    lane_speeds,
+    play,
+    simulate_step,
+)
 from optim import DEFAULT_CHUNK_ELEMENTS
 
 MEGA = 10**6
@@ -182,3 +192,135 @@ def test_the_same_step_every_time_and_in_milliseconds() -> None:
 
 def test_records_are_those_of_the_optimizer() -> None:
     assert RECORD_PARAMETERS == DEFAULT_CHUNK_ELEMENTS
+
+
+# A layer of a million parameters and one of a hundred million: forward, backward; with activations in memory, in files.
+SAMPLES = (
+    ComputeSample(MEGA, 10, 1.0, 5.0, 1.5, 3.0, 2.0, 4.0),
+    ComputeSample(MEGA, 20, 3.0, 9.0, 3.5, 5.0, 4.0, 6.0),
+    ComputeSample(100 * MEGA, 10, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0),
+    ComputeSample(100 * MEGA, 20, 2.0, 4.0, 2.0, 2.0, 2.0, 2.0),
+)
+
+
+def test_compute_between_what_was_measured() -> None:
+    measured = dataclasses.replace(GPU, compute_samples=SAMPLES)
+
+    def seconds(parameters: int, tokens: float, what: str = "forward", activations: str = "recompute") -> float:
+        return compute_seconds(measured, parameters, tokens, what=what, activations=activations)
+
+    assert [seconds(MEGA, n) for n in (10, 15, 20, 40)] == pytest.approx([1, 2, 3, 6])
+    assert seconds(MEGA, 3) == 1  # weights are read however few tokens there are
+    assert seconds(MEGA, 10, "backward") == 5
+    assert seconds(MEGA, 10, "backward alone") == 4  # without computing again
+    assert [seconds(MEGA, 10, "backward", place) for place in ("keep", "host", "ssd")] == [3, 3, 4]
+    assert [seconds(MEGA, 10, "forward", place) for place in ("keep", "host", "ssd")] == [1.5, 1.5, 2]
+    assert seconds(100 * MEGA, 20) == pytest.approx(2)
+    # Halfway between the sizes by their logarithms, each parameter takes halfway between their times.
+    assert seconds(10 * MEGA, 10) == pytest.approx(10 * (1 + 0.01) / 2)
+    assert seconds(1000 * MEGA, 10) == pytest.approx(10.0)
+    assert seconds(MEGA // 10, 10) == pytest.approx(0.1)
+    assert seconds(0, 10) == seconds(MEGA, 0) == 0
+
+
+def test_activations_that_wait_where_that_takes_less_time() -> None:
+    measured = dataclasses.replace(GPU, compute_samples=SAMPLES)
+    layers = blocks(2, num_parameters=MEGA, trainable=False, weights_in_host=True)
+    for activations, seconds in (("recompute", 12), ("host", 9), ("ssd", 12), ({3: "host"}, 12)):
+        step = simulate_step([dataclasses.replace(b, activations=activations) for b in layers], measured, num_tokens=10)
+        assert step.lane_seconds["gpu"] == pytest.approx(seconds, rel=0.01)
+
+
+def test_micro_batches_are_slower_than_one_of_all() -> None:
+    """A layer of a million parameters, 20 tokens: 3 + 9 s at once, twice 1 + 5 s as two micro-batches."""
+    measured = dataclasses.replace(GPU, compute_samples=SAMPLES)
+    layers = blocks(2, num_parameters=MEGA, trainable=False, weights_in_host=True)
+    for num_micro_batches, seconds in ((1, 24), (2, 24), (4, 48)):
+        step = simulate_step(layers, measured, num_tokens=20, num_micro_batches=num_micro_batches)
+        assert step.lane_seconds["gpu"] == pytest.approx(seconds, rel=0.01)
+
+
+def test_an_embeddings_gradient_is_as_large_as_it_is() -> None:
+    measured = dataclasses.replace(GPU, compute_samples=SAMPLES, gradient_parameters_per_second=1e7)
+    embedding = block("prologue", kind="prologue")
+    step = simulate_step([embedding], measured, num_tokens=8, num_micro_batches=4)
+    assert step.lane_seconds["gpu"] == pytest.approx(4.0)
+
+
+def test_updates_at_the_rate_of_their_moments() -> None:
+    measured = dataclasses.replace(GPU, update_parameters_per_second={"int8": 1e7})
+    steps = {m: simulate_step(blocks(4), measured, num_tokens=1, moment_dtype=m) for m in ("int8", "float32")}
+    assert steps["int8"].lane_seconds["cpu"] == pytest.approx(4.0)
+    assert steps["float32"].lane_seconds["cpu"] == pytest.approx(0.04)
+
+
+def test_measured_shares_of_what_runs_together() -> None:
+    together = {"cpu+gpu": {"cpu": 0.9, "gpu": 0.6}, "cpu+gpu+io": {"cpu": 0.8, "gpu": 0.5, "io": 0.7}}
+    on_cpu = lane_speeds(dataclasses.replace(GPU, device="cpu", speeds_together=together))
+    assert on_cpu(frozenset({"gpu", "cpu"})) == {"gpu": 0.6, "cpu": 0.9}
+    # Reads and writes share the drive (a half here), and what the others leave of it.
+    assert on_cpu(frozenset({"gpu", "cpu", "ssd_read", "ssd_write"})) == pytest.approx(
+        {"gpu": 0.5, "cpu": 0.8, "ssd_read": 0.35, "ssd_write": 0.35}
+    )
+    assert on_cpu(frozenset({"gpu", "ssd_read"})) == {"gpu": 1.0, "ssd_read": 1.0}  # not measured
+    # Small layers lose more; between the measured sizes by their logarithms.
+    small = {"cpu+gpu": {"cpu": 0.9, "gpu": 0.6, "gpu_small": 0.2}}
+    machine = dataclasses.replace(GPU, device="cpu", speeds_together=small, compute_samples=SAMPLES)
+    for size, share in ((MEGA, 0.2), (10 * MEGA, 0.4), (100 * MEGA, 0.6), (0, 0.6)):
+        assert lane_speeds(machine, size)(frozenset({"gpu", "cpu"}))["gpu"] == pytest.approx(share)
+    # A GPU's compute takes nothing from the host's cores.
+    beside_gpu = lane_speeds(dataclasses.replace(GPU, speeds_together={"cpu+io": {"cpu": 0.8, "io": 0.9}}))
+    assert beside_gpu(frozenset({"gpu", "cpu", "ssd_write"})) == pytest.approx(
+        {"gpu": 1.0, "cpu": 0.8, "ssd_write": 0.9}
+    )
+
+
+def test_a_commit_holds_up_the_next_updates() -> None:
+    """Nothing but updates and commits takes time: they follow one another."""
+    slow = dataclasses.replace(GPU, adam_parameters_per_second=1e7, commit_seconds=0.5)
+    fast = {"read_bytes_per_second": 1e15, "write_bytes_per_second": 1e15, "mixed_bytes_per_second": 2e15}
+    quick = dataclasses.replace(slow, **fast)
+    assert simulate_step(blocks(4), quick, num_tokens=0).seconds == pytest.approx(4.5, rel=0.01)
+    assert simulate_step(blocks(4), quick, num_tokens=0, commit_every_steps=5).seconds == pytest.approx(4.1, rel=0.01)
+
+
+def test_a_scaled_machine() -> None:
+    measured = dataclasses.replace(
+        GPU, compute_samples=SAMPLES, update_parameters_per_second={"float32": 1e8}, refined={"a run": {"gpu": 2.0}}
+    )
+    twice = measured.scaled({"gpu": 2.0, "ssd_write": 2.0})
+    assert compute_seconds(twice, MEGA, 20, what="backward") == 18
+    assert (twice.read_bytes_per_second, twice.write_bytes_per_second) == (2e9, 0.5e9)
+    assert twice.update_parameters_per_second == {"float32": 1e8}
+    assert compute_seconds(measured.refined_for("a run"), MEGA, 20, what="forward") == 6
+    assert measured.refined_for("another run") == measured
+    assert HardwareProfile.from_json(json.loads(json.dumps(measured.to_json()))) == measured
+
+
+def test_one_buffer_for_weights_makes_updates_follow_one_another() -> None:
+    """A block's weights are written from the buffer that they were read into, and the next block's need that buffer."""
+    # A drive that writes while it reads, each at its own rate.
+    instant = dataclasses.replace(
+        GPU, adam_parameters_per_second=1e15, link_bytes_per_second=0.0, mixed_bytes_per_second=3e9
+    )
+    one_record = blocks(6, num_parameters=2 * MEGA, weight_bytes=4 * MEGA, state_bytes=20 * MEGA)
+    ample = simulate_step(one_record, instant, num_tokens=0)
+    one = simulate_step(one_record, instant, num_tokens=0, buffers=Buffers(weights=1))
+    # Forward: six times 4 MB read. Backward: each reads 4 and 20 MB, then writes 24; one after the other.
+    # The reads at 2 GB/s, the writes at 1; nothing is read while something is written.
+    alone = 6 * (4 + 4 + 20) / 2000 + 6 * 24 / 1000
+    assert one.seconds == pytest.approx(alone, rel=0.01)
+    assert ample.seconds < 0.95 * one.seconds
+    assert simulate_step(one_record, instant, num_tokens=0, buffers=Buffers(weights=30)) == ample
+
+
+def test_one_buffer_for_gradients_makes_compute_wait_for_updates() -> None:
+    """Without clipping a gradient's memory is free when its update is written."""
+    slow_writes = dataclasses.replace(GPU, write_bytes_per_second=1e8, mixed_bytes_per_second=2.1e9)
+    free = blocks(4, num_parameters=2 * MEGA, gradient="free")
+    tokens = 20_000
+    one = simulate_step(free, slow_writes, num_tokens=tokens, buffers=Buffers(gradients=1))
+    ample = simulate_step(free, slow_writes, num_tokens=tokens)
+    # Four updates' writes of 1.2 s, between which compute of 0.24 s waits for them.
+    assert ample.seconds == pytest.approx(4 * 1.2, rel=0.15)
+    assert one.seconds > ample.seconds + 3 * 0.2
