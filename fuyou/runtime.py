@@ -28,6 +28,21 @@ from fuyou.base_store import SHARED
 from fuyou.blocks import PROLOGUE, Block, ModelBlocks
 from fuyou.building import is_placeholder
 from fuyou.caches import can_be_split, join, split
+from fuyou.calls import (
+    Loss,
+    LossWithoutOptimizer,
+    Outputs,
+    QueuedLoss,
+    batch_rows,
+    check_tokens,
+    joined_outputs,
+    loss_output,
+    num_rows,
+    num_tokens,
+    shape_of,
+    split_batch,
+    sync_gradients,
+)
 from fuyou.config import OffloadConfig, format_bytes
 from fuyou.errors import ConfigError, DataError, ModelError, PlanError
 from fuyou.executor.activations import ActivationStore
@@ -279,7 +294,7 @@ class Runtime:
         with self._uninterrupted("list_ops()"), self._weights_of_last_step(), torch.enable_grad():
             arguments = self._on_device(batch)
             self._check_tokens(arguments)
-            return self._executor.list_ops(self._rows(arguments)[0] | {"use_cache": False})
+            return self._executor.list_ops(batch_rows(arguments, self._micro_batch_size)[0] | {"use_cache": False})
 
     def infer_each(self, calls: Sequence[Mapping[str, Any]], take: Callable[[int, Any], Any]) -> list[Any]:
         """Run model.forward without gradients for each of the calls' arguments, each weight read once for all of them.
@@ -647,7 +662,7 @@ class Runtime:
         if self.optimizer is None:
             output = self._infer(arguments)
             if isinstance(getattr(output, "loss", None), torch.Tensor):
-                output.loss = _LossWithoutOptimizer.apply(self._executor.anchor, output.loss)  # type: ignore[no-untyped-call]
+                output.loss = LossWithoutOptimizer.apply(self._executor.anchor, output.loss)  # type: ignore[no-untyped-call]
             return output
         with self._uninterrupted("a forward pass"):
             return self._train(arguments)
@@ -657,6 +672,10 @@ class Runtime:
             name: value.to(self._device.torch_device) if isinstance(value, torch.Tensor) else value
             for name, value in arguments.items()
         }
+
+    def _check_tokens(self, arguments: Mapping[str, Any]) -> None:
+        # Looking at values would wait for a device.
+        check_tokens(arguments, self._vocabulary_size, look_at_values=self._device_name == "cpu")
 
     def _train(self, arguments: dict[str, Any]) -> Any:
         assert self.optimizer is not None
@@ -669,7 +688,7 @@ class Runtime:
         if self.outputs_mode or arguments.get("labels") is None:
             return self._train_on_outputs(arguments)
         arguments.pop("return_dict", None)
-        calls = [(part, weight) for part, weight in self._split(arguments) if weight]
+        calls = [(part, weight) for part, weight in split_batch(arguments, self._micro_batch_size) if weight]
         if not calls:
             raise DataError(
                 f"no label tokens in a batch of {len(arguments['labels'])} rows: every label is -100 (or the rows have one "
@@ -679,41 +698,41 @@ class Runtime:
             self._queued.clear()
             self._queued_scales.clear()
             self._queued_since = self.optimizer.num_steps_called
-        if not _sync_gradients():
+        if not sync_gradients():
             self._queued += calls
-            zero = _QueuedLoss.apply(self._executor.anchor, self._queued_scales)  # type: ignore[no-untyped-call]
-            return self._output(type(None), zero)
+            zero = QueuedLoss.apply(self._executor.anchor, self._queued_scales)  # type: ignore[no-untyped-call]
+            return loss_output(type(None), zero)
         calls, self._queued = [*self._queued, *calls], []
         step, first = self._begin_pass([call for call, _ in calls])
         record = self._executor.forward(calls, step=step, first=first)
-        loss = _Loss.apply(self._executor.anchor, self, record)  # type: ignore[no-untyped-call]
-        record.reported_loss, record.num_tokens = float(record.loss), sum(_num_tokens(call) for call, _ in calls)
-        record.shape = _shape_of(call for call, _ in calls)
-        return self._output(record.output_type, loss)
+        loss = Loss.apply(self._executor.anchor, self._backward, record)  # type: ignore[no-untyped-call]
+        record.reported_loss, record.num_tokens = float(record.loss), sum(num_tokens(call) for call, _ in calls)
+        record.shape = shape_of(call for call, _ in calls)
+        return loss_output(record.output_type, loss)
 
     def _train_on_outputs(self, arguments: dict[str, Any]) -> Any:
         """See `outputs_mode`."""
-        parts = self._rows(arguments)
+        parts = batch_rows(arguments, self._micro_batch_size)
         if arguments.get("labels") is not None:
-            weights = [weight for _, weight in self._split(arguments)]
+            weights = [weight for _, weight in split_batch(arguments, self._micro_batch_size)]
         else:
-            weights = [_num_rows(part) / _num_rows(arguments) for part in parts]
+            weights = [num_rows(part) / num_rows(arguments) for part in parts]
         step, first = self._begin_pass(parts)
         record, outputs = self._executor.forward_outputs(parts, step=step, first=first)
         flat = [tree_flatten(output) for output in outputs]
         values = [leaf.value for leaves, _ in flat for leaf in leaves if isinstance(leaf, Output)]
         if not values:
             raise ModelError("the model's outputs depend on no trainable parameter: there is nothing to train")
-        carrying = iter(_Outputs.apply(self._executor.anchor, self, record, values))  # type: ignore[no-untyped-call]
+        carrying = iter(Outputs.apply(self._executor.anchor, self._backward_outputs, record, values))  # type: ignore[no-untyped-call]
         del values
-        joined = _joined(
+        joined = joined_outputs(
             [[next(carrying) if isinstance(leaf, Output) else leaf for leaf in leaves] for leaves, _ in flat], weights
         )
         output = tree_unflatten(joined, flat[0][1])
         loss = getattr(output, "loss", None)
         record.reported_loss = float(loss.detach()) if isinstance(loss, torch.Tensor) else None
-        record.num_tokens = sum(map(_num_tokens, parts))
-        record.shape = _shape_of(parts)
+        record.num_tokens = sum(map(num_tokens, parts))
+        record.shape = shape_of(parts)
         return output
 
     def _fit_plan(self, shape: StepShape) -> None:
@@ -735,14 +754,14 @@ class Runtime:
         if self._micro_batch_size is not None or self.store.step or self._is_micro_batch_chosen:
             return
         self._is_micro_batch_chosen = True
-        plan, rows = self.plan, _num_rows(arguments)
+        plan, rows = self.plan, num_rows(arguments)
         if plan.gpu_memory_bytes is not None:
             room = plan.gpu_memory_bytes - least_memory(self._shards).device
         else:
             # Pools take their memory when it is first used.
             pooled = plan.pool_bytes - sum(pool.used_bytes for pool in self._pools)
             room = int(COMPUTE_MEMORY_SHARE * (available_host_bytes() - max(0, pooled)))
-        length = _shape_of([arguments]).sequence_length
+        length = shape_of([arguments]).sequence_length
         size = fitting_micro_batch(
             self._shards,
             self.config.compute_dtype,
@@ -771,7 +790,7 @@ class Runtime:
         self._executor.discard()
         if self._gradients_wait():
             self.optimizer.accumulate()
-        self._fit_plan(_shape_of(calls))
+        self._fit_plan(shape_of(calls))
         step = self.optimizer.step_count
         first = self._micro_batches_of_step[1] if self._micro_batches_of_step[0] == step else 0
         self._micro_batches_of_step = (step, first + len(calls))
@@ -850,10 +869,10 @@ class Runtime:
                 # Generation calls with a cache, once a token. Weights that a step may change are not read ahead for it.
                 again = arguments.get("past_key_values") is not None and not self._gradients_wait()
                 size = self.prefill_micro_batch_size
-                if size is not None and size < _num_rows(arguments) and can_be_split(arguments):
+                if size is not None and size < num_rows(arguments) and can_be_split(arguments):
                     return self._prefill(arguments, size, again=again)
                 return self._executor.infer([arguments], again=again)[0]
-            parts = self._split(arguments)
+            parts = split_batch(arguments, self._micro_batch_size)
             if len(parts) == 1 or self._executor.adopted_forward is not None:
                 return self._executor.infer([arguments])[0]
             calls = [part if weight else {**part, "labels": None} for part, weight in parts]
@@ -903,64 +922,6 @@ class Runtime:
     def _gradients_wait(self) -> bool:
         """Whether a backward pass has run that no step or zero_grad has followed."""
         return self.optimizer is not None and self._gradients_since == self.optimizer.num_steps_called
-
-    def _split(self, arguments: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], float]]:
-        """Micro-batches of at most micro_batch_size rows, each with its loss's weight: its share of the label tokens.
-
-        One without label tokens has weight 0, and no loss that is a number.
-        """
-        total = int(_num_label_tokens(arguments["labels"]).sum())
-        parts = self._rows(arguments)
-        if len(parts) == 1:
-            return [(arguments, 1.0 if total else 0.0)]
-        calls: list[tuple[Mapping[str, Any], float]] = []
-        for part in parts:
-            here = int(_num_label_tokens(part["labels"]).sum())
-            # With a given number of items the model's loss is a sum over it already.
-            weight = 1.0 if here and arguments.get("num_items_in_batch") is not None else here / max(total, 1)
-            calls.append((part, weight))
-        return calls
-
-    def _rows(self, arguments: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The batch in parts of at most micro_batch_size rows; what has no row for each of its is in every part."""
-        rows, size = _num_rows(arguments), self._micro_batch_size
-        if size is None or rows <= size:
-            return [dict(arguments)]
-        return [
-            {
-                name: value[start : start + size]
-                if isinstance(value, torch.Tensor) and value.ndim > 0 and value.shape[0] == rows
-                else value
-                for name, value in arguments.items()
-            }
-            for start in range(0, rows, size)
-        ]
-
-    def _check_tokens(self, arguments: Mapping[str, Any]) -> None:
-        ids, labels = arguments.get("input_ids"), arguments.get("labels")
-        if isinstance(ids, torch.Tensor) and ids.numel() == 0:
-            raise DataError(f"input_ids of shape {tuple(ids.shape)} hold no tokens")
-        if isinstance(labels, torch.Tensor) and isinstance(ids, torch.Tensor) and labels.shape != ids.shape:
-            raise DataError(f"labels of shape {tuple(labels.shape)} do not match input_ids of shape {tuple(ids.shape)}")
-        if self._device_name != "cpu":  # looking at values would wait for the device
-            return
-        vocabulary = self._vocabulary_size
-        for name, tensor, low in (("input_ids", ids, 0), ("labels", labels, -100)):
-            if isinstance(tensor, torch.Tensor) and not tensor.is_floating_point():
-                least, most = int(tensor.min()), int(tensor.max())
-                if least < low or most >= vocabulary:
-                    raise DataError(
-                        f"{name} range from {least} to {most}, the model's vocabulary has {vocabulary} tokens: is this the "
-                        "model's tokenizer?"
-                    )
-
-    def _output(self, output_type: type, loss: torch.Tensor) -> Any:
-        """An output of the model's class that has a loss and nothing else: logits are gone block by block."""
-        if output_type in (type(None), tuple):
-            from transformers.modeling_outputs import CausalLMOutput
-
-            return CausalLMOutput(loss=loss)
-        return output_type(loss=loss)
 
     # --- around a step -----------------------------------------------------------------------------------------------
 
@@ -1097,125 +1058,3 @@ class Runtime:
         except BaseException:
             self._interrupted = what
             raise
-
-
-def _shape_of(calls: Iterable[Mapping[str, Any]]) -> StepShape:
-    """Of micro-batches with these arguments."""
-    shape = StepShape()
-    for arguments in calls:
-        for name in ("input_ids", "inputs_embeds", "labels"):
-            value = arguments.get(name)
-            if isinstance(value, torch.Tensor) and value.ndim >= 2:
-                rows, length = value.shape[:2]
-                shape = shape.plus(StepShape(int(rows * length), 1, int(length)))
-                break
-    return shape
-
-
-class _Loss(torch.autograd.Function):
-    """The loss of a forward pass; its backward runs the model's."""
-
-    @staticmethod
-    def forward(ctx: Any, _anchor: torch.Tensor, runtime: Runtime, record: ForwardRecord) -> torch.Tensor:
-        ctx.runtime, ctx.record = runtime, record
-        return record.loss.float()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        ctx.runtime._backward(ctx.record, float(gradient))
-        return None, None, None
-
-
-class _Outputs(torch.autograd.Function):
-    """A forward pass's outputs; their backward runs the model's, once, with the gradients of all of them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, _anchor: torch.Tensor, runtime: Runtime, record: ForwardRecord, values: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, ...]:
-        ctx.runtime, ctx.record = runtime, record
-        ctx.set_materialize_grads(False)
-        return tuple(values)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
-        ctx.runtime._backward_outputs(ctx.record, gradients)
-        return None, None, None, None
-
-
-def _joined(parts: Sequence[Sequence[Any]], weights: Sequence[float]) -> list[Any]:
-    """The leaves of all parts' outputs as those of one: see `Runtime.outputs_mode`."""
-    if len(parts) == 1:
-        return list(parts[0])
-    joined: list[Any] = []
-    for leaves in zip(*parts, strict=True):
-        if not isinstance(leaves[0], torch.Tensor):
-            joined.append(leaves[0])
-        elif leaves[0].ndim:
-            joined.append(torch.cat(leaves))
-        else:
-            # A part without label tokens has no loss that is a number.
-            counted = [leaf * weight for leaf, weight in zip(leaves, weights, strict=True) if weight]
-            joined.append(sum(counted[1:], start=counted[0]) if counted else leaves[0])
-    return joined
-
-
-class _LossWithoutOptimizer(torch.autograd.Function):
-    """A loss before there is an optimizer: a number to look at, an explanation for who calls backward()."""
-
-    @staticmethod
-    def forward(_ctx: Any, _anchor: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
-        return loss.clone()
-
-    @staticmethod
-    def backward(_ctx: Any, *_gradients: torch.Tensor) -> Any:
-        raise ModelError(
-            "this model has no optimizer that takes its gradients block by block: call fuyou.AdamW(model, lr=...) before "
-            "the forward pass (and give it to Trainer as optimizers=(optimizer, None))"
-        )
-
-
-class _QueuedLoss(torch.autograd.Function):
-    """The zero that stands for a micro-batch which will run with the last one of its step."""
-
-    @staticmethod
-    def forward(ctx: Any, _anchor: torch.Tensor, scales: list[float]) -> torch.Tensor:
-        ctx.scales = scales
-        return torch.zeros((), device=_anchor.device)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        ctx.scales.append(float(gradient))
-        return None, None
-
-
-def _sync_gradients() -> bool:
-    """False while accelerate (or Trainer) accumulates: this micro-batch is not its step's last."""
-    from accelerate.state import GradientState
-
-    return bool(GradientState._shared_state.get("sync_gradients", True))
-
-
-def _num_label_tokens(labels: torch.Tensor) -> torch.Tensor:
-    """Per row, the labels that a causal loss counts: the first has nothing before it."""
-    return (labels[:, 1:] != -100).sum(dim=1)
-
-
-def _num_rows(arguments: Mapping[str, Any]) -> int:
-    """Sequences in a batch."""
-    for name in ("labels", "input_ids", "inputs_embeds"):
-        value = arguments.get(name)
-        if isinstance(value, torch.Tensor):
-            return int(value.shape[0])
-    raise DataError("the model was called with neither input_ids nor inputs_embeds")
-
-
-def _num_tokens(arguments: Mapping[str, Any]) -> int:
-    mask = arguments.get("attention_mask")
-    if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-        return int(mask.sum())
-    ids = arguments.get("input_ids")
-    if isinstance(ids, torch.Tensor):
-        return int(ids.numel())
-    embeddings = arguments["inputs_embeds"]
-    return int(embeddings.shape[0] * embeddings.shape[1])
