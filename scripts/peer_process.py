@@ -159,9 +159,7 @@ class Fuyou(Contestant):
 
     def open(self) -> None:
         import fuyou
-        from fuyou.cli import SWITCH_SECONDS
 
-        sys.setswitchinterval(SWITCH_SECONDS)  # as `fuyou train` does
         store = [Path(directory) / "store" for directory in self.spec["drives"] or [self.folder]]
         offload: dict[str, Any] = {
             "store": store,
