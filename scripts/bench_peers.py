@@ -318,7 +318,6 @@ def specification(scenario: Scenario, name: str, folder: Path, options: argparse
         "host_memory": options.host_memory or scenario.host_memory,
         "deepspeed_lean": name == "deepspeed-lean",
         "deepspeed_pipeline": options.deepspeed_pipeline,
-        "deepspeed_buffers": options.deepspeed_buffers,
         "first_step": 0,
         "resume_from": None,
     }
@@ -676,7 +675,6 @@ def main() -> int:
     parser.add_argument(
         "--deepspeed-pipeline", action="store_true", help="DeepSpeed's pipeline_read and pipeline_write"
     )
-    parser.add_argument("--deepspeed-buffers", type=int, default=5, help="DeepSpeed's buffers for parameters (5)")
     parser.add_argument("--resume-size", default="26M", help="model of the resume (26M)")
     parser.add_argument("--timeout-seconds", type=float, default=900, help="for one answer (900)")
     options = parser.parse_args()

@@ -289,6 +289,11 @@ def set_up_one_rank(device: str) -> None:
     }
 
 
+LEAN_PARAMETER_BUFFERS = 5
+PERSISTENCE_THRESHOLD = 10**5
+"""Elements below which DeepSpeed never puts a parameter on the drive."""
+
+
 class DeepSpeed(Contestant):
     """ZeRO-3 with parameters and optimizer states on the drive."""
 
@@ -309,6 +314,10 @@ class DeepSpeed(Contestant):
 
         lean = self.spec["deepspeed_lean"]
         live = 0 if lean else 10**9
+        sizes = self._parameter_sizes()
+        # Each parameter that is live occupies a buffer of the largest one's size: with too few of them it ends with
+        # "Not enough buffers 0 for swapping 1".
+        num_buffers = LEAN_PARAMETER_BUFFERS if lean else sum(size > PERSISTENCE_THRESHOLD for size in sizes)
         swap = self.folder / "swap"
         swap.mkdir(exist_ok=True)
         config = {
@@ -326,7 +335,7 @@ class DeepSpeed(Contestant):
                 "sub_group_size": 10**7,
                 "stage3_max_live_parameters": live,
                 "stage3_max_reuse_distance": live,
-                "stage3_param_persistence_threshold": 10**5,
+                "stage3_param_persistence_threshold": PERSISTENCE_THRESHOLD,
                 "stage3_prefetch_bucket_size": 5 * 10**7,
                 "reduce_bucket_size": 10**7,
                 "contiguous_gradients": True,
@@ -335,9 +344,8 @@ class DeepSpeed(Contestant):
                     "device": "nvme",
                     "nvme_path": str(swap),
                     "pin_memory": self.device != "cpu",
-                    # Its defaults are too few and too small for any model of more than a few parameters.
-                    "buffer_count": self.spec["deepspeed_buffers"],
-                    "buffer_size": self._largest_parameter(),
+                    "buffer_count": num_buffers,
+                    "buffer_size": max(sizes),
                     "max_in_cpu": 0,
                 },
                 "offload_optimizer": {
@@ -367,17 +375,17 @@ class DeepSpeed(Contestant):
             "live_parameters": live,
             "pipeline": self.spec["deepspeed_pipeline"],
             "sub_group_size": zero["sub_group_size"],
-            "parameter_buffers": self.spec["deepspeed_buffers"],
+            "parameter_buffers": num_buffers,
         }
 
-    def _largest_parameter(self) -> int:
+    def _parameter_sizes(self) -> list[int]:
         from safetensors import safe_open
 
-        largest = 0
+        sizes: list[int] = []
         for path in Path(self.spec["model"]).glob("*.safetensors"):
             with safe_open(path, "pt") as file:
-                largest = max(largest, *(math.prod(file.get_slice(name).get_shape()) for name in file.keys()))  # noqa: SIM118
-        return largest
+                sizes += [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+        return sizes
 
     def step(self, batches: list[Any]) -> tuple[float, float]:
         total = 0.0
