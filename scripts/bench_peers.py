@@ -626,7 +626,8 @@ def report(results: Mapping[str, Any]) -> str:
             continue
         scenario = result["scenario"]
         limit = scenario["memory_limit"]
-        steps = f"{len(next(iter(result['rows'].values()))['turns'])} turns of {scenario['steps_per_turn']}"
+        num_rounds = max(len(row["turns"]) for row in result["rows"].values())
+        steps = f"rounds: {num_rounds}, turns of {scenario['steps_per_turn']}"
         how = f"limit {limit} each" if limit else "no limit"
         parts += [f"### {scenario['title']}", ""]
         parts += [f"`scripts/bench_peers --only {key}`, commit {result['commit']}, {steps} steps; {how}.", ""]
