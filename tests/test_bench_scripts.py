@@ -124,6 +124,7 @@ def test_peers_table(tmp_path: Path) -> None:
     assert path.read_text() == "nothing to fill in"
 
 
+@pytest.mark.slow
 def test_two_steps_beside_memory(tmp_path: Path) -> None:
     """A turn of two steps of Fuyou, of torch in memory, and of a tool that is not there."""
     results = tmp_path / "results.json"

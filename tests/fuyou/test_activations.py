@@ -252,7 +252,10 @@ def check_fuzzed(name: str, dtype: str, seed: int, folder: Path) -> None:
         assert run.model.fuyou._activations.device_bytes == 0
 
 
-@pytest.mark.parametrize(("number", "name"), list(enumerate(ARCHITECTURES)))
+@pytest.mark.parametrize(
+    ("number", "name"),
+    [pytest.param(n, name, marks=pytest.mark.slow if n % 2 else ()) for n, name in enumerate(ARCHITECTURES)],
+)
 def test_fuzzed_plans_change_no_bit(number: int, name: str, tmp_path: Path) -> None:
     """Losses, norms, masters and moments of plain torch; dropout on where the architecture has it."""
     check_fuzzed(name, ("float32", "bfloat16")[number % 2], number, tmp_path)

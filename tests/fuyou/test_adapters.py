@@ -126,7 +126,7 @@ ATTENTION: dict[str, Any] = {"target_modules": ["q_proj", "v_proj"]}
 EXPERTS: dict[str, Any] = {**ATTENTION, "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.slow), 0.1])
 @pytest.mark.parametrize(
     ("name", "config"),
     [

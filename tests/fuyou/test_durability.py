@@ -79,7 +79,9 @@ def test_same_bits_and_no_traffic_between_commits(each_step: Any, tmp_path: Path
     assert_same(exported(tmp_path / "store", tmp_path / "out"), weights)
 
 
-@pytest.mark.parametrize("killed_after", [1, 4, 5, 7])
+@pytest.mark.parametrize(
+    "killed_after", [1, pytest.param(4, marks=pytest.mark.slow), 5, pytest.param(7, marks=pytest.mark.slow)]
+)
 def test_a_crash_costs_the_steps_since_the_last_commit(killed_after: int, each_step: Any, tmp_path: Path) -> None:
     """And what is repeated has the same bits, also when the run goes on with every step committed."""
     max_grad_norm, expected, weights = each_step

@@ -180,7 +180,7 @@ def big_config(tied: bool = False) -> LlamaConfig:
 def opened(store: Path, tied: bool = False, host_memory: str = "2GiB", kept: tuple[int, ...] = ()) -> Any:
     """With a plan that keeps the weights of the numbered blocks in memory, and no others."""
     config = big_config(tied)
-    base: dict[str, Any] = {"store": store, "device": "cpu", "compute_dtype": "float32"}
+    base: dict[str, Any] = {"store": store, "device": "cpu", "compute_dtype": "float32", "durability": "step"}
     plan = fuyou.plan_model(
         config, offload=fuyou.OffloadConfig(host_memory=host_memory, **base), batch_size=1, sequence_length=8
     )

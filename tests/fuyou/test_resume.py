@@ -118,11 +118,11 @@ t.train(Path(sys.argv[1]), 0.5, until=2, on_step=lambda *_: None)
 @pytest.mark.parametrize(
     ("where", "number"),
     [
-        ("publish", 0),  # the store exists, without an extent
+        pytest.param("publish", 0, marks=pytest.mark.slow),  # the store exists, without an extent
         ("fill", 0),
         pytest.param("fill", 2, marks=pytest.mark.slow),
         pytest.param("commit", 0, marks=pytest.mark.slow),  # filled, not committed
-        ("prewrite", 0),  # the states' file is there, half written
+        pytest.param("prewrite", 0, marks=pytest.mark.slow),  # the states' file is there, half written
         ("publish", 2),  # the states' layout is written, the manifest does not name it
     ],
 )

@@ -241,11 +241,11 @@ def failing(module: torch.nn.Module, at_call: int) -> Iterator[None]:
     ("where", "at_call"),
     [
         ("model.embed_tokens", 2),
-        ("model.layers.0.self_attn.q_proj", 1),
+        pytest.param("model.layers.0.self_attn.q_proj", 1, marks=pytest.mark.slow),
         ("model.layers.1.mlp", 2),  # second micro-batch
         ("model.layers.2.mlp", 5),  # when computed again in backward
-        ("model.layers.0.mlp", 6),
-        ("model.norm", 3),
+        pytest.param("model.layers.0.mlp", 6, marks=pytest.mark.slow),
+        pytest.param("model.norm", 3, marks=pytest.mark.slow),
         ("lm_head", 1),
     ],
 )
@@ -464,7 +464,7 @@ def test_evaluation_keeps_every_row(make: Callable[..., Pair]) -> None:
         assert torch.isnan(pair.plain(**rows).loss)
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+@pytest.mark.parametrize("max_grad_norm", [pytest.param(None, marks=pytest.mark.slow), 0.5])
 @pytest.mark.parametrize(
     "frozen",
     [
@@ -645,9 +645,21 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8)
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-@pytest.mark.parametrize("host_memory", ["96MiB", "14MiB"])
-@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize(
+    ("name", "host_memory", "max_grad_norm"),
+    [
+        ("llama_tied", "96MiB", None),
+        ("llama_tied", "14MiB", 0.5),
+        ("gpt2", "14MiB", None),
+        ("qwen3_moe", "96MiB", 0.5),
+        *(
+            pytest.param(name, host_memory, norm, marks=pytest.mark.slow)
+            for name in ("llama_tied", "gpt2", "qwen3_moe")
+            for host_memory in ("96MiB", "14MiB")
+            for norm in (None, 0.5)
+        ),
+    ],
+)
 def test_device_with_memory_of_its_own(
     make: Callable[..., Pair],
     monkeypatch: pytest.MonkeyPatch,
@@ -720,7 +732,7 @@ def test_weights_that_stay_on_the_device(
 @pytest.mark.parametrize(
     ("activations", "host_memory"), [("keep", "96MiB"), ("host", "96MiB"), ("host", "14MiB"), ("ssd", "14MiB")]
 )
-@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_activations_on_a_device_with_memory_of_its_own(
     make: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, name: str, activations: str, host_memory: str
 ) -> None:
