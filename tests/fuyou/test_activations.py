@@ -285,7 +285,10 @@ def _make(tmp_path: Path) -> Iterator[Callable[..., Pair]]:
     gc.collect()
 
 
-@pytest.mark.parametrize("activations", ["recompute", "keep", "host", "ssd"])
+@pytest.mark.parametrize(
+    "activations",
+    ["recompute", pytest.param("keep", marks=pytest.mark.slow), pytest.param("host", marks=pytest.mark.slow), "ssd"],
+)
 def test_layers_of_several_kinds(
     make: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, activations: str
 ) -> None:
@@ -311,7 +314,7 @@ def test_layers_of_several_kinds(
     pair.assert_equal()
 
 
-@pytest.mark.parametrize("places", [("host",), ("keep", "host", "ssd")])
+@pytest.mark.parametrize("places", [pytest.param(("host",), marks=pytest.mark.slow), ("keep", "host", "ssd")])
 def test_every_operation_on_a_device_with_memory_of_its_own(
     make: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, places: tuple[str, ...]
 ) -> None:

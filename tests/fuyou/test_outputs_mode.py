@@ -126,7 +126,12 @@ LOSSES: dict[str, Loss] = {
 @pytest.mark.parametrize(
     ("name", "loss"),
     [("llama_tied", loss) for loss in LOSSES]
-    + [("gpt2", "label_smoothing"), ("gpt2", "preference"), ("opt", "hidden_states"), ("gemma2", "hidden_states")],
+    + [
+        pytest.param("gpt2", "label_smoothing", marks=pytest.mark.slow),
+        ("gpt2", "preference"),
+        pytest.param("opt", "hidden_states", marks=pytest.mark.slow),
+        ("gemma2", "hidden_states"),
+    ],
 )
 def test_custom_losses_equal_plain_torch(make: Callable[..., Pair], name: str, loss: str) -> None:
     """Norms and masters of two steps; dropout on, clipping that triggers."""
@@ -140,7 +145,7 @@ def test_custom_losses_equal_plain_torch(make: Callable[..., Pair], name: str, l
 
 
 @pytest.mark.parametrize("activations", ["recompute", "keep", "ssd"])
-@pytest.mark.parametrize("host_memory", ["14MiB", "96MiB"])
+@pytest.mark.parametrize("host_memory", ["14MiB", pytest.param("96MiB", marks=pytest.mark.slow)])
 def test_any_plan(make: Callable[..., Pair], host_memory: str, activations: str) -> None:
     """In little memory, and with activations that wait."""
     pair = make("llama_tied", host_memory=host_memory, activations=activations)

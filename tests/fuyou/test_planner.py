@@ -228,7 +228,7 @@ def test_late_updates_where_the_forward_pass_leaves_the_drive_idle() -> None:
         assert made.pool_bytes + made.overhead_bytes <= 500 * MIB
 
 
-@pytest.mark.parametrize("clipping", [True, False])
+@pytest.mark.parametrize("clipping", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("shards", [UNTIED, TIED], ids=["untied", "tied"])
 def test_more_memory_never_means_more_traffic(shards: list[ShardSize], clipping: bool) -> None:
     least = least_memory(shards).host_memory_bytes // MIB
@@ -400,7 +400,7 @@ def test_training_at_exactly_the_least_budget(tied: bool, max_grad_norm: float |
 
 @pytest.mark.parametrize("extra_mib", [0, 14, 200])
 @pytest.mark.parametrize("max_grad_norm", [None, 1e9])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("tied", [pytest.param(False, marks=pytest.mark.slow), True], ids=["untied", "tied"])
 def test_predicted_traffic_is_what_is_measured(
     tied: bool, max_grad_norm: float | None, extra_mib: int, tmp_path: Path
 ) -> None:

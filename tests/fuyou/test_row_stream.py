@@ -142,7 +142,12 @@ def test_digests_of_rows_stay_what_they_were() -> None:
 
 
 @pytest.mark.parametrize(
-    ("streaming", "kill"), [(True, False), (False, False), pytest.param(True, True, marks=pytest.mark.slow)]
+    ("streaming", "kill"),
+    [
+        (True, False),
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(True, True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_goes_on_with_the_next_row(tmp_path: Path, streaming: bool, kill: bool, capsys: Any) -> None:
     """The numbers of a run that was never stopped, with rows streamed in small windows, and with rows kept."""
