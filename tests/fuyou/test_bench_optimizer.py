@@ -78,6 +78,7 @@ def test_bench_generate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "a bare loop that reads the same bytes" in fuyou.bench.generate.describe(found)
 
 
+@pytest.mark.slow
 def test_bench_step_over_two_directories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setitem(fuyou.bench.SHAPES, "26M", (64, 128, 2, 2))
     drives = [tmp_path / "a", tmp_path / "b"]

@@ -164,7 +164,7 @@ def store_of_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 EXTENTS = ("prologue/weight", "prologue/state", "model.layers.1/weight", "model.layers.1/state", "epilogue/state")
 
 
-@pytest.mark.parametrize("window", ["backward", "forward"])
+@pytest.mark.parametrize("window", ["backward", pytest.param("forward", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", EXTENTS)
 def test_a_flipped_bit_never_reaches_the_weights(name: str, window: str, store_of_steps: Path, tmp_path: Path) -> None:
     """Found when it is first read, named, nothing committed; the checkpoint is the way out."""

@@ -26,7 +26,10 @@ PUBLISHED = [(64, 1, 70.3), (64, 3, 136.3), (64, 12, 155.8), (16, 12, 84.3), (8,
 """Batch, drives, TFLOPS of 13B, sequence 1024, on an RTX 4090: the table of the artifact of arXiv 2403.06504."""
 
 
-@pytest.mark.parametrize(("batch", "drives", "published"), PUBLISHED)
+@pytest.mark.parametrize(
+    ("batch", "drives", "published"),
+    [pytest.param(*run, marks=() if run in (PUBLISHED[0], PUBLISHED[-1]) else pytest.mark.slow) for run in PUBLISHED],
+)
 def test_published_runs_within_15_percent(gpt3_13b: list[ShardSize], batch: int, drives: int, published: float) -> None:
     machine = load_hardware("rtx4090-server").with_drives(drives)
     run = simulate_scheme("paper", gpt3_13b, machine, batch_size=batch, sequence_length=1024)
@@ -64,7 +67,14 @@ def test_tflops_by_hand(gpt3_13b: list[ShardSize]) -> None:
     assert run.tokens_per_second == pytest.approx(64 * 1024 / run.seconds_per_step)
 
 
-@pytest.mark.parametrize(("name", "billions"), [("llama-70b", 70.6), ("gpt3-175b", 175), ("llama-405b", 405.9)])
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        pytest.param("llama-70b", 70.6, marks=pytest.mark.slow),
+        pytest.param("gpt3-175b", 175, marks=pytest.mark.slow),
+        ("llama-405b", 405.9),
+    ],
+)
 def test_large_shapes_are_planned_in_seconds_without_weights(name: str, billions: float) -> None:
     started = time.process_time()
     shards = shards_of(load_model_config(name))

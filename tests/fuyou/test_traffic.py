@@ -142,7 +142,7 @@ def test_gradients_spilled_and_no_step_clipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("moment_dtype", "limit"), [("bfloat16", 18.0), ("int8", 14.2)])
-@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("max_grad_norm", [pytest.param(None, marks=pytest.mark.slow), 1.0])
 def test_low_bit_moments(moment_dtype: str, limit: float, max_grad_norm: float | None, tmp_path: Path) -> None:
     """Weights 2 x 2 read and 2 written; low halves 2, m and v 2 x 2 or 2 x 1 (and scales) each way; within 2 %."""
     plan = edited_plan(tmp_path, "bfloat16", max_grad_norm, moment_dtype, **NOTHING_KEPT)
@@ -150,7 +150,7 @@ def test_low_bit_moments(moment_dtype: str, limit: float, max_grad_norm: float |
     assert measured.total == pytest.approx(limit, rel=0.02)
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("max_grad_norm", [pytest.param(None, marks=pytest.mark.slow), 1.0])
 def test_float32(max_grad_norm: float | None, tmp_path: Path) -> None:
     """The master is the weight: 4 x 2 read and 4 written, m and v 8 read and 8 written."""
     plan = edited_plan(tmp_path, "float32", max_grad_norm, **NOTHING_KEPT)

@@ -232,7 +232,12 @@ def test_stopping_and_continuing_changes_no_bit(uninterrupted: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGINT]
+    "number",
+    [
+        pytest.param(signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+        signal.SIGINT,
+    ],
 )
 def test_a_run_that_was_ended_by_a_signal_resumes(uninterrupted: Path, tmp_path: Path, number: signal.Signals) -> None:
     # Many steps, so that the signal arrives in the middle; only the first few are compared.
