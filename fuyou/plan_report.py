@@ -9,8 +9,8 @@ from typing import Any
 from fuyou.config import format_bytes
 from fuyou.costs import state_bytes_per_parameter
 from fuyou.errors import PlanError
-from fuyou.plan import BlockPlan, Plan
-from fuyou.planner import MEBIBYTE, PlanInputs, buffers_of, compute_bytes, predict, simulate_plan
+from fuyou.plan import BlockPlan, Plan, StepShape
+from fuyou.planner import MEBIBYTE, PlanInputs, compute_bytes, predict_plan, simulate_plan
 from fuyou.simulator import SimulatedStep
 
 PICTURE_WIDTH = 60
@@ -90,17 +90,8 @@ def report_plan(
     prediction, hardware, tokens = plan.prediction, inputs.hardware, inputs.num_tokens
     if hardware is not None and tokens:
         # A plan that was given may have been predicted for another batch, or not at all.
-        prediction = predict(
-            plan.blocks,
-            hardware,
-            tokens,
-            plan.prefetch_depth,
-            plan.commit_every_steps,
-            num_micro_batches=inputs.num_micro_batches,
-            moment_dtype=plan.moment_dtype,
-            sequence_length=inputs.sequence_length,
-            buffers=buffers_of(plan),
-        )
+        shape = StepShape(tokens, inputs.num_micro_batches, inputs.sequence_length)
+        prediction = predict_plan(plan, hardware, shape)
         plan = dataclasses.replace(plan, prediction=prediction)
     written = None if prediction is None else prediction.bytes_written
     life = None

@@ -29,9 +29,8 @@ BYTES_PER_LOGIT = 14
 """Logits, in float32 too, their log-softmax, its gradient (measured: 12)."""
 COMMIT_EVERY_STEPS = 20
 """With durability="checkpoint", where the user names no number: the drive gets a twentieth of the bytes."""
-GRAPH_FACTOR, LOGIT_BYTES = 4, 14
-"""Memory of a layer's graph, of what the outputs of its matrix products take (autograd keeps about twice them); of one
-logit with its float32 copy, log-softmax and gradient."""
+GRAPH_FACTOR = 4
+"""Memory of a layer's graph, of what the outputs of its matrix products take (autograd keeps about twice them)."""
 MIN_ACTIVATION_BYTES = 8 * MEBIBYTE
 OVERHEAD_SHARE, MAX_OVERHEAD_BYTES = 6, 96 * MEBIBYTE
 """A sixth of the budget, at most this, stays free for Python objects, kernels, torch's temporaries and what the
@@ -478,7 +477,7 @@ def _kept_on_device(shards: Sequence[ShardSize], room_bytes: int, tokens_at_once
     widest = max((s.width for s in shards), default=0)
     vocabulary = max((s.num_parameters // widest for s in shards if s.kind != "layer" and widest), default=0)
     layer_bytes = GRAPH_FACTOR * max((s.activation_bytes_per_token for s in shards), default=0)
-    room_bytes = (room_bytes - tokens_at_once * (layer_bytes + LOGIT_BYTES * vocabulary)) // 2
+    room_bytes = (room_bytes - tokens_at_once * (layer_bytes + BYTES_PER_LOGIT * vocabulary)) // 2
     kept = set[str]()
     for shard in shards:
         if not shard.trainable and shard.weight_bytes <= room_bytes:
@@ -531,6 +530,23 @@ def predict(
     return Prediction(step.seconds, step.lane_seconds, step.limiting_lane, *traffic(blocks, commit_every_steps))
 
 
+def predict_plan(
+    plan: Plan, hardware: HardwareProfile, shape: StepShape, blocks: Sequence[BlockPlan] | None = None
+) -> Prediction:
+    """Of a steady step of a plan with such a batch; with these blocks instead, which take as much memory as its own."""
+    return predict(
+        plan.blocks if blocks is None else blocks,
+        hardware,
+        shape.num_tokens,
+        plan.prefetch_depth,
+        plan.commit_every_steps,
+        num_micro_batches=shape.num_micro_batches,
+        moment_dtype=plan.moment_dtype,
+        sequence_length=shape.sequence_length,
+        buffers=buffers_of(plan),
+    )
+
+
 def with_best_windows(plan: Plan, hardware: HardwareProfile, shape: StepShape) -> Plan:
     """A plan that was made before steps were known, with its updates when they fit such steps best; memory as it is.
 
@@ -548,17 +564,7 @@ def with_best_windows(plan: Plan, hardware: HardwareProfile, shape: StepShape) -
         )
 
     def predicted(blocks: Sequence[BlockPlan]) -> Prediction:
-        return predict(
-            blocks,
-            hardware,
-            shape.num_tokens,
-            plan.prefetch_depth,
-            plan.commit_every_steps,
-            num_micro_batches=shape.num_micro_batches,
-            moment_dtype=plan.moment_dtype,
-            sequence_length=shape.sequence_length,
-            buffers=buffers_of(plan),
-        )
+        return predict_plan(plan, hardware, shape, blocks)
 
     count = best_count(len(free), lambda number: predicted(late(spread(free, number))).seconds)
     # The first blocks' gradients come last in the backward pass, and the next forward pass would wait for their writes.

@@ -735,12 +735,12 @@ class Runtime:
         record.shape = shape_of(parts)
         return output
 
-    def _fit_plan(self, shape: StepShape) -> None:
-        """Choose the windows of updates for such steps, if the plan was made without knowing any."""
+    def _fit_plan(self, calls: Sequence[Mapping[str, Any]]) -> None:
+        """Choose the windows of updates for steps of such calls, if the plan was made without knowing any."""
         if self._expected is not None or self.config.plan is not None or self._refined_hardware is None:
             return
         assert self.optimizer is not None
-        self._expected = shape
+        self._expected = shape = shape_of(calls)
         self.plan = with_best_windows(self.plan, self._refined_hardware, shape)
         self.optimizer.set_early(
             frozenset(b.name for b in self.plan.blocks if b.trainable and b.update_window == "backward")
@@ -790,7 +790,7 @@ class Runtime:
         self._executor.discard()
         if self._gradients_wait():
             self.optimizer.accumulate()
-        self._fit_plan(shape_of(calls))
+        self._fit_plan(calls)
         step = self.optimizer.step_count
         first = self._micro_batches_of_step[1] if self._micro_batches_of_step[0] == step else 0
         self._micro_batches_of_step = (step, first + len(calls))

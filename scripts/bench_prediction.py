@@ -23,7 +23,7 @@ import torch
 from transformers import LlamaConfig
 
 import fuyou
-from fuyou.bench.step import SHAPES
+from fuyou.bench import llama
 from fuyou.counters import Counters
 from fuyou.hardware import HardwareProfile, num_cores
 from fuyou.opening import inputs_of_run
@@ -144,16 +144,7 @@ def main() -> int:
 
 def config_of(setting: Setting) -> LlamaConfig:
     """The model's shape."""
-    hidden, intermediate, layers, heads = SHAPES[setting.size]
-    return LlamaConfig(
-        vocab_size=256,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-    )
+    return llama(setting.size, setting.length)
 
 
 def inputs_of(setting: Setting, folder: Path, hardware: Any, **changes: Any) -> tuple[PlanInputs, fuyou.OffloadConfig]:

@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
 import fuyou
 
+Row = dict[str, list[dict[str, str]]]
+
 TOLERANCE = 2e-4
 MOST_CHARACTERS = 320
 """Of an answer, so that a step takes seconds on a CPU."""
@@ -34,7 +37,7 @@ MOST_CHARACTERS = 320
 def main() -> int:
     """Train twice and compare."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("trainer", choices=("sft", "dpo"))
+    parser.add_argument("trainer", choices=TRAINERS)
     parser.add_argument("--work", type=Path, default=Path("quickstart-run"), help="the quick start's folder")
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of two rows (20)")
     options = parser.parse_args()
@@ -45,11 +48,12 @@ def main() -> int:
     logging.disable_progress_bar()
     disable_progress_bars()
     pairs = [pair for pair in docstring_pairs() if len(pair.answer) <= MOST_CHARACTERS]
-    run = _sft if options.trainer == "sft" else _dpo
     histories = {}
     for streamed in (False, True):
         with tempfile.TemporaryDirectory(dir=options.work) as folder:
-            histories[streamed] = run(str(base), pairs, Path(folder), options.steps, streamed=streamed)
+            histories[streamed] = _run(
+                options.trainer, str(base), pairs, Path(folder), options.steps, streamed=streamed
+            )
     keys = [key for key in ("loss", "eval_loss", "rewards/margins") if _of(histories[False], key)]
     figures = {key: [_of(histories[streamed], key) for streamed in (False, True)] for key in keys}
     apart = max(abs(a - b) / abs(a) for key in ("loss", "eval_loss") for a, b in zip(*figures[key], strict=True))
@@ -93,30 +97,20 @@ def _arguments(folder: Path, num_steps: int) -> dict[str, Any]:
     }
 
 
-def _sft(base: str, pairs: list[Pair], folder: Path, num_steps: int, *, streamed: bool) -> list[dict[str, Any]]:
-    rows = [
+def _completions(pairs: list[Pair]) -> list[Row]:
+    """What SFTTrainer takes."""
+    return [
         {
             "prompt": [{"role": "user", "content": pair.question}],
             "completion": [{"role": "assistant", "content": pair.answer}],
         }
-        for pair in pairs[: 8 + 2 * num_steps]
+        for pair in pairs
     ]
-    model, optimizer, callbacks = _model(base, folder, streamed=streamed)
-    trainer = SFTTrainer(
-        model=model,
-        args=SFTConfig(**_arguments(folder, num_steps)),
-        train_dataset=Dataset.from_list(rows[8:]),
-        eval_dataset=Dataset.from_list(rows[:8]),
-        processing_class=AutoTokenizer.from_pretrained(base),
-        optimizers=(optimizer, None),
-        callbacks=callbacks,
-    )
-    return _train(trainer, model, streamed=streamed)
 
 
-def _dpo(base: str, pairs: list[Pair], folder: Path, num_steps: int, *, streamed: bool) -> list[dict[str, Any]]:
-    pairs = pairs[: 8 + 2 * num_steps]
-    rows = [
+def _preferences(pairs: list[Pair]) -> list[Row]:
+    """What DPOTrainer takes: each question's answer, and the next question's as the one to reject."""
+    return [
         {
             "prompt": [{"role": "user", "content": pair.question}],
             "chosen": [{"role": "assistant", "content": pair.answer}],
@@ -124,17 +118,37 @@ def _dpo(base: str, pairs: list[Pair], folder: Path, num_steps: int, *, streamed
         }
         for pair, other in zip(pairs, [*pairs[1:], pairs[0]], strict=True)
     ]
+
+
+TRAINERS: dict[str, tuple[Any, Any, Callable[[list[Pair]], list[Row]]]] = {
+    "sft": (SFTTrainer, SFTConfig, _completions),
+    "dpo": (DPOTrainer, DPOConfig, _preferences),
+}
+
+
+def _run(
+    kind: str, base: str, pairs: list[Pair], folder: Path, num_steps: int, *, streamed: bool
+) -> list[dict[str, Any]]:
+    """The trainer's log of some steps."""
+    trainer_class, config_class, rows_of = TRAINERS[kind]
+    rows = rows_of(pairs[: 8 + 2 * num_steps])
     model, optimizer, callbacks = _model(base, folder, streamed=streamed)
-    trainer = DPOTrainer(
+    trainer = trainer_class(
         model=model,
-        args=DPOConfig(**_arguments(folder, num_steps)),
+        args=config_class(**_arguments(folder, num_steps)),
         train_dataset=Dataset.from_list(rows[8:]),
         eval_dataset=Dataset.from_list(rows[:8]),
         processing_class=AutoTokenizer.from_pretrained(base),
         optimizers=(optimizer, None),
         callbacks=callbacks,
     )
-    return _train(trainer, model, streamed=streamed)
+    try:
+        trainer.train()
+    finally:
+        if streamed:
+            model.fuyou.close()
+    history: list[dict[str, Any]] = trainer.state.log_history
+    return history
 
 
 def _model(base: str, folder: Path, *, streamed: bool) -> tuple[Any, Any, Any]:
@@ -149,16 +163,6 @@ def _model(base: str, folder: Path, *, streamed: bool) -> tuple[Any, Any, Any]:
     model = get_peft_model(fuyou.from_pretrained(base, offload=offload), lora)  # 1
     optimizer = fuyou.AdamW(model, lr=5e-4, weight_decay=0.0, max_grad_norm=1.0)  # 2
     return model, optimizer, [fuyou.FuyouCallback()]  # 3
-
-
-def _train(trainer: Any, model: Any, *, streamed: bool) -> list[dict[str, Any]]:
-    try:
-        trainer.train()
-    finally:
-        if streamed:
-            model.fuyou.close()
-    history: list[dict[str, Any]] = trainer.state.log_history
-    return history
 
 
 if __name__ == "__main__":

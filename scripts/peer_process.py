@@ -19,16 +19,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fuyou.bench
+
 VOCABULARY = 256
 LEARNING_RATE = 3e-4
-SHAPES = {  # hidden, intermediate, layers, heads; untied
-    "tiny": (64, 128, 2, 2),
-    "26M": (512, 1408, 8, 8),
-    "85M": (768, 2048, 12, 12),
-    "206M": (1024, 2816, 16, 16),
-    "567M": (1536, 4096, 20, 16),
-    "1.2B": (2048, 5632, 24, 16),
-}
+SHAPES = {"tiny": (64, 128, 2, 2), **fuyou.bench.SHAPES, "1.2B": (2048, 5632, 24, 16)}
+"""Hidden and intermediate size, layers, heads; untied."""
 
 
 def make_model_folder(folder: Path, shape: tuple[int, int, int, int], seed: int) -> None:
@@ -112,6 +108,7 @@ class Contestant:
         self.max_norm: float = spec["max_norm"]
         self.num_rows: int = spec["num_rows"]
         self.num_micro_batches: int = spec["num_micro_batches"]
+        self.model: Any = None
         self.settings: dict[str, Any] = {}
         """What was chosen for this tool, for the report."""
 
@@ -150,6 +147,16 @@ class Contestant:
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(self.spec["model"], dtype=dtype).train()
+
+    def add_gradients(self, batches: list[Any]) -> float:
+        """Forward and backward pass of one micro-batch after another by autograd alone; the mean loss."""
+        total = 0.0
+        for ids in batches:
+            ids = ids.to(self.device)
+            loss = self.model(input_ids=ids, labels=ids).loss
+            (loss / len(batches)).backward()
+            total += float(loss.detach()) / len(batches)
+        return total
 
 
 class Fuyou(Contestant):
@@ -235,12 +242,7 @@ class InMemory(Contestant):
     def step(self, batches: list[Any]) -> tuple[float, float]:
         import torch
 
-        total = 0.0
-        for ids in batches:
-            ids = ids.to(self.device)
-            loss = self.model(input_ids=ids, labels=ids).loss
-            (loss / len(batches)).backward()
-            total += float(loss.detach()) / len(batches)
+        total = self.add_gradients(batches)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, self.max_norm)
         for weight, master in zip(self.weights, self.masters, strict=True):
             master.grad, weight.grad = weight.grad, None
@@ -432,12 +434,7 @@ class Fsdp2(Contestant):
     def step(self, batches: list[Any]) -> tuple[float, float]:
         import torch
 
-        total = 0.0
-        for ids in batches:
-            ids = ids.to(self.device)
-            loss = self.model(input_ids=ids, labels=ids).loss
-            (loss / len(batches)).backward()
-            total += float(loss.detach()) / len(batches)
+        total = self.add_gradients(batches)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -493,12 +490,7 @@ class TorchAo(Contestant):
     def step(self, batches: list[Any]) -> tuple[float, float]:
         import torch
 
-        total = 0.0
-        for ids in batches:
-            ids = ids.to(self.device)
-            loss = self.model(input_ids=ids, labels=ids).loss
-            (loss / len(batches)).backward()
-            total += float(loss.detach()) / len(batches)
+        total = self.add_gradients(batches)
         # Its gradients leave during backward only with offload_gradients, which knows no accumulation.
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.max_norm)
         self.optimizer.step()
