@@ -69,6 +69,7 @@ def _measure(folders: list[Path], options: argparse.Namespace, device: str, dtyp
     from transformers import LlamaForCausalLM
 
     import fuyou
+    from fuyou.planner import simulate_plan
 
     num_rows = options.rows * options.micro_batches
     config = llama(options.size, options.length)
@@ -155,7 +156,9 @@ def _measure(folders: list[Path], options: argparse.Namespace, device: str, dtyp
         predicted = ours.fuyou.plan
         moved = copies.bytes_read, copies.bytes_written
     limit = [max(a, b) for a, b in zip(seconds["transfers"], seconds["compute"], strict=True)]
-    simulated = _simulated(predicted, hardware, ids.numel(), options.length)
+    simulated = simulate_plan(
+        predicted, hardware, ids.numel(), options.length, num_micro_batches=options.micro_batches
+    ).seconds
     return {
         "ratio": median_ratio(seconds["step"], limit),
         "beside_in_memory": None if options.without_torch else median_ratio(seconds["in_memory"], seconds["step"]),
@@ -215,12 +218,6 @@ def _with_activations_of(block: Any, other: Any) -> Any:
     if isinstance(places, str):
         return dataclasses.replace(block, activations="host" if places == "ssd" else places)
     return dataclasses.replace(block, activations={n: "host" if p == "ssd" else p for n, p in places.items()})
-
-
-def _simulated(plan: Any, hardware: Any, num_tokens: int, sequence_length: int) -> float:
-    from fuyou.planner import simulate_plan
-
-    return simulate_plan(plan, hardware, num_tokens, sequence_length).seconds
 
 
 def _device_allocations(device: str) -> int:
