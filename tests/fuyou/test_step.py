@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import io
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -645,19 +646,19 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8)
 
 
+DEVICE_SAMPLE = {
+    ("llama_tied", "96MiB", None),
+    ("llama_tied", "14MiB", 0.5),
+    ("gpt2", "14MiB", None),
+    ("qwen3_moe", "96MiB", 0.5),
+}
+
+
 @pytest.mark.parametrize(
     ("name", "host_memory", "max_grad_norm"),
     [
-        ("llama_tied", "96MiB", None),
-        ("llama_tied", "14MiB", 0.5),
-        ("gpt2", "14MiB", None),
-        ("qwen3_moe", "96MiB", 0.5),
-        *(
-            pytest.param(name, host_memory, norm, marks=pytest.mark.slow)
-            for name in ("llama_tied", "gpt2", "qwen3_moe")
-            for host_memory in ("96MiB", "14MiB")
-            for norm in (None, 0.5)
-        ),
+        pytest.param(*case, marks=() if case in DEVICE_SAMPLE else pytest.mark.slow)
+        for case in itertools.product(("llama_tied", "gpt2", "qwen3_moe"), ("96MiB", "14MiB"), (None, 0.5))
     ],
 )
 def test_device_with_memory_of_its_own(
