@@ -274,8 +274,7 @@ class _Loading:
         if self.vocab_size is not None and largest >= self.vocab_size:
             raise DataError(
                 f"the tokenizer gives token {largest}, but the model's vocabulary has {self.vocab_size}: they do not "
-                "belong "
-                "together. Name the model's own tokenizer with data.tokenizer"
+                "belong together. Name the model's own tokenizer with data.tokenizer"
             )
 
     def forget_others(self) -> None:
