@@ -113,8 +113,10 @@ class ForwardSweep:
             with self._device.current():
                 yield
         finally:
-            self._end(micro_batches)
-            self._hub, self._current, self._training = None, None, False
+            try:
+                self._end(micro_batches)
+            finally:  # also where a Ctrl-C comes at the very end: the model is not running any more
+                self._hub, self._current, self._training = None, None, False
 
     def up_to_epilogue(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Run each block for all micro-batches before the next, prologue and layers."""

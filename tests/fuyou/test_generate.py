@@ -308,26 +308,28 @@ def test_an_interrupted_generation_leaves_a_usable_model(tmp_path: Path) -> None
 
 
 class InterruptAt:
-    """A trace function that sends Ctrl-C before one line of our own code, counted from the start of a call."""
+    """A profile function that sends Ctrl-C at one place of our own code, counted from the start of a call.
+
+    At entries of functions and after calls of C functions, where the interpreter looks for signals. Not at any line: where
+    a `with` ends, an exception that no signal can raise there would leave a lock taken.
+    """
 
     OURS = tuple(str(Path(fuyou.__file__).parents[1] / folder) for folder in ("fuyou", "io_engine", "optim"))
 
-    def __init__(self, line: int | None) -> None:
-        self.line, self.num_lines, self.place = line, 0, ""
+    def __init__(self, at: int) -> None:
+        self.at, self.num_places, self.place = at, 0, ""
 
-    def __call__(self, frame: Any, event: str, _arg: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(self.OURS):
-            return None
-        if event == "line":
-            self.num_lines += 1
-            if self.num_lines - 1 == self.line:
-                self.place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-                signal.raise_signal(signal.SIGINT)
-        return self
+    def __call__(self, frame: Any, event: str, _arg: Any) -> None:
+        if event not in ("call", "c_return") or not frame.f_code.co_filename.startswith(self.OURS):
+            return
+        self.num_places += 1
+        if self.num_places - 1 == self.at:
+            self.place = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            signal.raise_signal(signal.SIGINT)
 
 
-@pytest.mark.parametrize("every", [197, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
-def test_ctrl_c_at_any_line_leaves_a_usable_model(every: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("every", [97, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
+def test_ctrl_c_anywhere_leaves_a_usable_model(every: int, tmp_path: Path) -> None:
     """Also inside engine.read: no buffer is lost, and none is given to somebody else while something reads into it."""
     model = opened(tmp_path / "store")
     ids = torch.arange(8).reshape(2, 4)
@@ -342,26 +344,26 @@ def test_ctrl_c_at_any_line_leaves_a_usable_model(every: int, tmp_path: Path) ->
         with model.fuyou as runtime:
             (pool,) = (pool for pool in runtime._pools if pool.name == "weights")
             expected = logits()
-            line = 0
+            at = 0
             while True:
-                interrupt = InterruptAt(line)
-                sys.settrace(interrupt)
+                interrupt = InterruptAt(at)
+                sys.setprofile(interrupt)
                 try:
                     logits()
                     assert not interrupt.place
-                    break  # that many lines it has not
+                    break  # that many places it has not
                 except KeyboardInterrupt:
                     assert interrupt.place
                 finally:
-                    sys.settrace(None)
-                line += every
+                    sys.setprofile(None)
+                at += every
                 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, interrupt.place
                 deadline = time.monotonic() + 10
                 while pool.used_bytes and time.monotonic() < deadline:
                     time.sleep(1e-3)  # reads under way
                 assert pool.used_bytes == 0, interrupt.place
                 assert torch.equal(logits(), expected), interrupt.place
-            assert line > 2000
+            assert at > 1500
     finally:
         signal.signal(signal.SIGINT, before)
 
