@@ -108,7 +108,7 @@ def test_equals_plain_torch(name: str, dtype: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 @pytest.mark.parametrize("host_memory", [ROOMY, TIGHT])
-@pytest.mark.parametrize("name", ["llama_tied", "gpt2"])
+@pytest.mark.parametrize("name", ["llama_tied", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_plan_changes_no_bit(name: str, host_memory: str, max_grad_norm: float | None, tmp_path: Path) -> None:
     """Everything kept in memory or everything streamed; updates in either window."""
     Run(name, "bfloat16", tmp_path, max_grad_norm=max_grad_norm, host_memory=host_memory).check(tmp_path)

@@ -119,7 +119,7 @@ t.train(Path(sys.argv[1]), 0.5, until=2, on_step=lambda *_: None)
     ("where", "number"),
     [
         pytest.param("publish", 0, marks=pytest.mark.slow),  # the store exists, without an extent
-        ("fill", 0),
+        pytest.param("fill", 0, marks=pytest.mark.slow),
         pytest.param("fill", 2, marks=pytest.mark.slow),
         pytest.param("commit", 0, marks=pytest.mark.slow),  # filled, not committed
         pytest.param("prewrite", 0, marks=pytest.mark.slow),  # the states' file is there, half written

@@ -731,7 +731,8 @@ def test_weights_that_stay_on_the_device(
 
 
 @pytest.mark.parametrize(
-    ("activations", "host_memory"), [("keep", "96MiB"), ("host", "96MiB"), ("host", "14MiB"), ("ssd", "14MiB")]
+    ("activations", "host_memory"),
+    [("keep", "96MiB"), ("host", "96MiB"), pytest.param("host", "14MiB", marks=pytest.mark.slow), ("ssd", "14MiB")],
 )
 @pytest.mark.parametrize("name", ["gpt2", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_activations_on_a_device_with_memory_of_its_own(
