@@ -86,13 +86,13 @@ SCENARIOS = {
     "206M-clipped": Scenario(
         "206M, one micro-batch a step, clipping that always triggers",
         "206M",
-        ("fuyou", "deepspeed", "in-memory-checkpointing"),
+        ("fuyou", "deepspeed-lean", "in-memory-checkpointing"),
         max_norm=ALWAYS,
     ),
     "206M-8": Scenario(
         "206M, eight micro-batches a step, clipping that never triggers",
         "206M",
-        ("fuyou", "deepspeed", "in-memory-checkpointing"),
+        ("fuyou", "deepspeed-lean", "in-memory-checkpointing"),
         num_micro_batches=8,
         rounds=4,
         steps_per_turn=1,
