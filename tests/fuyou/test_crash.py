@@ -107,7 +107,7 @@ def soak(store: Path, num_steps: int) -> list[tuple[float, int, int, list[str]]]
 
 @pytest.mark.usefixtures("_one_thread")
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads memory and descriptors from /proc")
-@pytest.mark.parametrize("num_steps", [60, pytest.param(10_000, marks=SLOW)], ids=["sample", "soak"])
+@pytest.mark.parametrize("num_steps", [100, pytest.param(10_000, marks=SLOW)], ids=["sample", "soak"])
 def test_long_runs_take_no_more_than_short_ones(num_steps: int, tmp_path: Path) -> None:
     """Memory, descriptors, threads and files are those of the second turn (the first warms up) to the end."""
     first, *later = soak(tmp_path / "store", num_steps)[1:]

@@ -134,7 +134,7 @@ def _one_thread() -> Iterator[None]:
 
 
 counts = pytest.mark.parametrize(
-    "share", [0.01, pytest.param(1.0, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])], ids=["sample", "all"]
+    "share", [0.02, pytest.param(1.0, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])], ids=["sample", "all"]
 )
 
 
