@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from optim.kernels_compile import compiled
-from optim.kernels_intrinsics import count_from, high_half, join_halves, low_half, widen
+from optim.kernels_compile import compiled, inlined
+from optim.kernels_intrinsics import count_from, high_half, join_halves, low_half, scratch, widen
 from optim.kernels_low_bit import (
     adamw_float32_bfloat16,
     adamw_float32_int8,
@@ -36,13 +36,17 @@ from optim.kernels_low_bit import (
 from optim.kernels_update import (
     INFINITY_BITS,
     OVERFLOWING_HIGH_BITS,
+    TILE_ELEMENTS,
     AdamWScalars,
     Float32Array,
     UInt16Array,
     check_arrays,
+    denominator,
     load_master,
     store_master,
-    update,
+    tiles,
+    update_master,
+    update_moments,
 )
 from optim.moments import (
     MOMENT_BLOCK_ELEMENTS,
@@ -78,13 +82,44 @@ __all__ = [
 ]
 
 
+@inlined
+def _begin(
+    masters: Any, m: Float32Array, v: Float32Array, g: Any, start: int, j: Any, denominators: Any, arguments: Any
+) -> None:
+    """Element j of the tile at `start`: its moments and denominator."""
+    i, j = np.uintp(start + j), np.uintp(j)
+    m[i], v[i] = update_moments(load_master(masters, i), m[i], v[i], widen(g[i]), *arguments[0])
+    denominators[j] = denominator(np.sqrt(v[i]), *arguments[1])
+
+
+@inlined
+def _finish(
+    masters: Any, limit: Any, m: Float32Array, start: int, j: Any, denominators: Any, arguments: Any, num_refused: Any
+) -> Any:
+    """Element j of the tile at `start`, begun before: its master."""
+    i, j = np.uintp(start + j), np.uintp(j)
+    new_p = update_master(load_master(masters, i), m[i], denominators[j], *arguments[2])
+    store_master(masters, i, new_p)
+    return count_from(num_refused, new_p, limit)
+
+
 @compiled
 def _adamw(masters: Any, limit: Any, m: Float32Array, v: Float32Array, g: Any, arguments: Any) -> np.int32:
     num_refused = np.int32(0)
-    for i in range(m.size):
-        new_p, m[i], v[i], _ = update(load_master(masters, i), m[i], v[i], widen(g[i]), *arguments)
-        store_master(masters, i, new_p)
-        num_refused = count_from(num_refused, new_p, limit)
+    denominators = scratch(TILE_ELEMENTS)
+    first_size, last, rest = tiles(m.size)
+    for j in range(first_size):
+        _begin(masters, m, v, g, 0, j, denominators, arguments)
+    for start in range(TILE_ELEMENTS, last + 1, TILE_ELEMENTS):
+        for j in range(TILE_ELEMENTS):
+            num_refused = _finish(masters, limit, m, start - TILE_ELEMENTS, j, denominators, arguments, num_refused)
+            _begin(masters, m, v, g, start, j, denominators, arguments)
+    for j in range(first_size):
+        num_refused = _finish(masters, limit, m, last, j, denominators, arguments, num_refused)
+    for j in range(m.size - rest):
+        _begin(masters, m, v, g, rest, j, denominators, arguments)
+    for j in range(m.size - rest):
+        num_refused = _finish(masters, limit, m, rest, j, denominators, arguments, num_refused)
     return num_refused
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Any, Final
 
 from llvmlite import ir  # type: ignore[import-untyped, unused-ignore]  # no stubs exist
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array, populate_array
 
 # numba declares no types for these.
 _array_struct: Any = make_array
 _populate: Any = populate_array
+_alloca: Any = cgutils.alloca_once
 
 _I8, _I16, _I32, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
 _MAGNITUDE_MASK: Final = 0x7FFFFFFF
@@ -25,26 +26,30 @@ def _word(value: int) -> Any:
     return ir.Constant(_I32, value)
 
 
-def _window(_context: Any, array: Any, start: Any, stop: Any) -> Any:
-    """array[start:stop] of a contiguous 1-D array for 0 <= start <= stop <= size, which must outlive the result.
+def _scratch(_context: Any, num_elements: Any) -> Any:
+    """float32[num_elements] on the stack, not initialised; a number known when compiling, one array for each call.
 
-    A slice would own a share of the memory, and counting owners takes longer than the arithmetic of a block.
+    LLVM knows that nothing else points there, and need not ask before it vectorises.
     """
+    array = types.Array(types.float32, 1, "C")
 
-    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        whole = _array_struct(array)(context, builder, value=arguments[0])
-        part = _array_struct(array)(context, builder)
+    def generate(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        size = num_elements.literal_value
+        memory = _alloca(builder, ir.ArrayType(_F32, size))
+        memory.align = 64
+        item_bytes = context.get_constant(types.intp, 4)
+        result = _array_struct(array)(context, builder)
         _populate(
-            part,
-            data=builder.gep(whole.data, [arguments[1]]),
-            shape=[builder.sub(arguments[2], arguments[1])],
-            strides=[whole.itemsize],
-            itemsize=whole.itemsize,
+            result,
+            data=builder.bitcast(memory, _F32.as_pointer()),
+            shape=[context.get_constant(types.intp, size)],
+            strides=[item_bytes],
+            itemsize=item_bytes,
             meminfo=None,
         )
-        return part._getvalue()
+        return result._getvalue()
 
-    return array(array, types.int64, types.int64), generate
+    return array(num_elements), generate
 
 
 def _fma(_context: Any, a: Any, b: Any, c: Any) -> Any:
@@ -144,6 +149,25 @@ def _random_bits(_context: Any, key: Any, start: Any, index: Any) -> Any:
     return types.uint32(types.uint32, types.int64, types.int64), generate
 
 
+def _bits_of_float(_context: Any, value: Any) -> Any:
+    """The 32 bits of a float32."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], _I32)
+
+    return types.uint32(types.float32), generate
+
+
+def _mix(_context: Any, bits: Any) -> Any:
+    """uint32 -> uint32: the last round of `random_bits`."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        x = builder.mul(arguments[0], _word(0x846CA68B))
+        return builder.xor(x, builder.lshr(x, _word(16)))
+
+    return types.uint32(types.uint32), generate
+
+
 def _low_random(_context: Any, bits: Any) -> Any:
     """uint32 -> uint16: the lower 16 bits, for the first of two roundings."""
 
@@ -220,7 +244,7 @@ def _round_root(_context: Any, x: Any, root: Any, random: Any) -> Any:
     return types.uint8(types.float32, types.float32, types.uint16), generate
 
 
-window: Any = intrinsic(_window)
+scratch: Any = intrinsic(prefer_literal=True)(_scratch)
 fma: Any = intrinsic(_fma)
 widen: Any = intrinsic(_widen)
 join_halves: Any = intrinsic(_join_halves)
@@ -229,7 +253,9 @@ low_half: Any = intrinsic(_low_half)
 count_from: Any = intrinsic(_count_from)
 max_magnitude: Any = intrinsic(_max_magnitude)
 float_of_bits: Any = intrinsic(_float_of_bits)
+bits_of_float: Any = intrinsic(_bits_of_float)
 random_bits: Any = intrinsic(_random_bits)
+mix: Any = intrinsic(_mix)
 low_random: Any = intrinsic(_low_random)
 high_random: Any = intrinsic(_high_random)
 round_to_bfloat16: Any = intrinsic(_round_to_bfloat16)

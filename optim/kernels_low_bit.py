@@ -1,11 +1,13 @@
 """AdamW on moments of 16 or 8 bits: decoded, updated in float32, and encoded by chance, in one pass over memory.
 
-Formats: `optim.moments`. Of 8-bit moments a block at a time is updated into the first-level cache and encoded from
-there, since its scale needs its largest element. The rounding draws 32 bits an element from a hash of the
-parameter's key and the element's index in its parameter, 16 for each moment, so that no cut, thread or order changes
-a bit. Both roundings keep the expectation of m and of v: to the nearest, an average would stop where its change in a
-step is below half a code (m in bfloat16 stops at 0.98 of a steady gradient with beta1 0.9, at 0.78 with 0.99; v at
-once).
+Formats: `optim.moments`. A tile at a time (of 8-bit moments a block, whose scale needs its largest element) is
+updated into the first-level cache and encoded from there. The rounding draws 32 bits an element, 16 for each moment,
+from the parameter's key and the element's index in its parameter alone, so that no cut, thread or order changes a
+bit. For bfloat16 they are a hash of the two; for 8 bits, the hash of the key and the index in the block, xor the hash
+of the key and the block: less work, and every element's bits still go through all values, over the keys and over the
+blocks. Both roundings keep the expectation of m and of v: to the nearest, an average
+would stop where its change in a step is below half a code (m in bfloat16 stops at 0.98 of a steady gradient with
+beta1 0.9, at 0.78 with 0.99; v at once).
 """
 
 from __future__ import annotations
@@ -17,29 +19,35 @@ from numpy.typing import NDArray
 
 from optim.kernels_compile import compiled, inlined
 from optim.kernels_intrinsics import (
+    bits_of_float,
     count_from,
     float_of_bits,
     high_random,
     keep_above_zero,
     low_random,
     max_magnitude,
+    mix,
     random_bits,
     round_root,
     round_to_bfloat16,
     round_to_int8,
+    scratch,
     widen,
-    window,
 )
 from optim.kernels_update import (
     INFINITY_BITS,
     OVERFLOWING_HIGH_BITS,
+    TILE_ELEMENTS,
     AdamWScalars,
     Float32Array,
     UInt16Array,
     check_arrays,
+    denominator,
     load_master,
     store_master,
-    update,
+    tiles,
+    update_master,
+    update_moments,
 )
 from optim.moments import (
     M_CODE_LIMIT,
@@ -55,7 +63,6 @@ Int8Array = NDArray[np.int8]
 UInt8Array = NDArray[np.uint8]
 
 _LIMIT_BITS: Final = np.float32(MOMENT_LIMIT).view(np.uint32)
-_ROOT_LIMIT_BITS: Final = np.sqrt(np.float32(MOMENT_LIMIT)).view(np.uint32)
 _M_CODE_LIMIT: Final = np.float32(M_CODE_LIMIT)
 _V_CODE_LIMIT: Final = np.float32(V_CODE_LIMIT)
 _MIN_M_SCALE: Final = np.float32(MIN_M_SCALE)
@@ -67,49 +74,155 @@ _V_UNIT: Final = np.float32(1.0 - 2.0**-22)
 _M_UNIT: Final = np.float32(65536.0 * (1.0 - 2.0**-22))
 
 
+@inlined
+def _begin_bfloat16(
+    masters: Any, m: UInt16Array, v: UInt16Array, g: Any, start: int, j: Any, new: Any, arguments: Any
+) -> None:
+    """Element j of the tile at `start`: its moments, not rounded, and its denominator."""
+    i, j = np.uintp(start + j), np.uintp(j)
+    new_m, new_v, denominators = new
+    new_m[j], new_v[j] = update_moments(load_master(masters, i), widen(m[i]), widen(v[i]), widen(g[i]), *arguments[0])
+    denominators[j] = denominator(np.sqrt(new_v[j]), *arguments[1])
+
+
+@inlined
+def _finish_bfloat16(
+    masters: Any, limit: Any, m: UInt16Array, v: UInt16Array, start: int, j: Any, new: Any, key: Any,
+    first_element: int, arguments: Any, num_refused: Any, largest: Any,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Element j of the tile at `start`, begun before: its master and its moments."""
+    random = random_bits(key, first_element + start, j)
+    i, j = np.uintp(start + j), np.uintp(j)
+    new_m, new_v, denominators = new
+    new_p = update_master(load_master(masters, i), new_m[j], denominators[j], *arguments[2])
+    store_master(masters, i, new_p)
+    m[i] = round_to_bfloat16(new_m[j], low_random(random))
+    v[i] = keep_above_zero(round_to_bfloat16(new_v[j], high_random(random)), new_v[j])
+    return count_from(num_refused, new_p, limit), max_magnitude(max_magnitude(largest, new_m[j]), new_v[j])
+
+
 @compiled
 def _adamw_bfloat16(
     masters: Any, limit: Any, m: UInt16Array, v: UInt16Array, g: Any, key: Any, first_element: int, arguments: Any
 ) -> Any:
     num_refused, largest = np.int32(0), np.uint32(0)
-    for i in range(m.size):
-        new_p, new_m, new_v, _ = update(load_master(masters, i), widen(m[i]), widen(v[i]), widen(g[i]), *arguments)
-        random = random_bits(key, first_element, i)
-        store_master(masters, i, new_p)
-        m[i] = round_to_bfloat16(new_m, low_random(random))
-        v[i] = keep_above_zero(round_to_bfloat16(new_v, high_random(random)), new_v)
-        num_refused = count_from(num_refused, new_p, limit)
-        largest = max_magnitude(max_magnitude(largest, new_m), new_v)
+    new = (scratch(TILE_ELEMENTS), scratch(TILE_ELEMENTS), scratch(TILE_ELEMENTS))
+    first_size, last, rest = tiles(m.size)
+    for j in range(first_size):
+        _begin_bfloat16(masters, m, v, g, 0, j, new, arguments)
+    for start in range(TILE_ELEMENTS, last + 1, TILE_ELEMENTS):
+        for j in range(TILE_ELEMENTS):
+            num_refused, largest = _finish_bfloat16(
+                masters, limit, m, v, start - TILE_ELEMENTS, j, new, key, first_element, arguments, num_refused, largest
+            )
+            _begin_bfloat16(masters, m, v, g, start, j, new, arguments)
+    for j in range(first_size):
+        num_refused, largest = _finish_bfloat16(
+            masters, limit, m, v, last, j, new, key, first_element, arguments, num_refused, largest
+        )
+    for j in range(m.size - rest):
+        _begin_bfloat16(masters, m, v, g, rest, j, new, arguments)
+    for j in range(m.size - rest):
+        num_refused, largest = _finish_bfloat16(
+            masters, limit, m, v, rest, j, new, key, first_element, arguments, num_refused, largest
+        )
     return num_refused + (1 if largest >= _LIMIT_BITS else 0)
 
 
 @inlined
-def _update_block(
-    masters: Any,
-    limit: Any,
-    start: int,
-    m: Int8Array,
-    m_scale: Any,
-    v: UInt8Array,
-    v_scale: Any,
-    g: Any,
-    new_m: Float32Array,
-    new_root: Float32Array,
-    arguments: Any,
-) -> tuple[Any, Any, Any]:
-    """Write a block's new masters, m and roots of v; return masters to refuse, largest m, largest root (as bits)."""
-    num_refused, m_bits, root_bits = np.int32(0), np.uint32(0), np.uint32(0)
-    for i in range(m.size):
-        old_root = np.float32(v[i]) * v_scale
-        old_p, old_m = load_master(masters, start + i), np.float32(m[i]) * m_scale
-        p, block_m, _, root = update(old_p, old_m, old_root * old_root, widen(g[i]), *arguments)
-        store_master(masters, start + i, p)
-        new_m[i] = block_m
-        new_root[i] = root
-        num_refused = count_from(num_refused, p, limit)
-        m_bits = max_magnitude(m_bits, block_m)
-        root_bits = max_magnitude(root_bits, root)
-    return num_refused, m_bits, root_bits
+def _decode_and_update(
+    masters: Any, m: Int8Array, m_scale: Any, v: UInt8Array, v_scale: Any, g: Any, start: int, j: Any,
+    new: Any, arguments: Any, m_bits: Any, v_bits: Any,
+) -> tuple[Any, Any]:  # fmt: skip
+    """Element j of the block at `start`: its moments in float32; returns the largest so far, as bits."""
+    i, j = np.uintp(start + j), np.uintp(j)
+    old_m, old_root = np.float32(m[i]) * m_scale, np.float32(v[i]) * v_scale
+    new_m, new_v = new
+    new_m[j], new_v[j] = update_moments(load_master(masters, i), old_m, old_root * old_root, widen(g[i]), *arguments[0])
+    return max_magnitude(m_bits, new_m[j]), max_magnitude(v_bits, new_v[j])
+
+
+@inlined
+def _take_root(j: Any, new: Any, waiting: Any, arguments: Any) -> None:
+    """Element j of the same block: root and denominator, put where `_update_master` and `_encode` find them."""
+    j = np.uintp(j)
+    (new_m, new_v), (waiting_m, waiting_root, denominators) = new, waiting
+    root = np.sqrt(new_v[j])
+    waiting_m[j], waiting_root[j], denominators[j] = new_m[j], root, denominator(root, *arguments[1])
+
+
+@inlined
+def _update_master(masters: Any, limit: Any, start: int, j: Any, waiting: Any, arguments: Any, num_refused: Any) -> Any:
+    """Element j of the block at `start`, waiting since: its master."""
+    i, j = np.uintp(start + j), np.uintp(j)
+    new_p = update_master(load_master(masters, i), waiting[0][j], waiting[2][j], *arguments[2])
+    store_master(masters, i, new_p)
+    return count_from(num_refused, new_p, limit)
+
+
+@inlined
+def _bits_of_block(key: Any, start: int) -> Any:
+    """What the random bits of a block's elements have in common, of the block at `start` in the parameter.
+
+    Counted from -1 downwards, so that no block shares the hash of an index inside blocks: xor would give zero.
+    """
+    return random_bits(key, -1, -(start // TILE_ELEMENTS))
+
+
+@inlined
+def _encode(m: Int8Array, v: UInt8Array, start: int, j: Any, waiting: Any, factors: Any, table: Any, bits: Any) -> None:
+    """Element j of the block at `start`, waiting since: its codes.
+
+    It is v, not its root, whose expectation is kept: otherwise v would grow by the variance of every rounding.
+    """
+    i, j = np.uintp(start + j), np.uintp(j)
+    random = mix(bits_of_float(table[j]) ^ bits)
+    m[i] = round_to_int8(waiting[0][j] * factors[0], low_random(random))
+    v[i] = round_root(waiting[1][j] * factors[1], waiting[1][j], high_random(random))
+
+
+@inlined
+def _rescale(m_scales: Float32Array, v_scales: Float32Array, block: int, m_bits: Any, v_bits: Any) -> tuple[Any, int]:
+    """Set a block's scales; returns what its m and roots are multiplied with to be codes, and 1 if it is refused.
+
+    Nobody reads the codes of a refused block: those of a NaN are not defined.
+    """
+    largest_m, largest_root = float_of_bits(m_bits), np.sqrt(float_of_bits(v_bits))
+    m_scale = max(largest_m / _M_CODE_LIMIT, _MIN_M_SCALE) if largest_m > _ZERO else _ZERO
+    v_scale = max(largest_root / _V_CODE_LIMIT, _MIN_V_SCALE) if largest_root > _ZERO else _ZERO
+    m_factor = _M_UNIT / m_scale if largest_m > _ZERO else _ZERO
+    v_factor = _V_UNIT / v_scale if largest_root > _ZERO else _ZERO
+    m_scales[block], v_scales[block] = m_scale, v_scale
+    return (m_factor, v_factor), 1 if m_bits >= _LIMIT_BITS or v_bits >= _LIMIT_BITS else 0
+
+
+@inlined
+def _begin_block(
+    masters: Any, m: Int8Array, m_scales: Float32Array, v: UInt8Array, v_scales: Float32Array, g: Any, start: int,
+    size: int, new: Any, waiting: Any, arguments: Any,
+) -> tuple[Any, int]:  # fmt: skip
+    """The first half of a block that has no other beside it; as `_rescale`."""
+    block = start // TILE_ELEMENTS
+    m_scale, v_scale = m_scales[block], v_scales[block]
+    m_bits, v_bits = np.uint32(0), np.uint32(0)
+    for j in range(size):
+        m_bits, v_bits = _decode_and_update(
+            masters, m, m_scale, v, v_scale, g, start, j, new, arguments, m_bits, v_bits
+        )
+        _take_root(j, new, waiting, arguments)
+    return _rescale(m_scales, v_scales, block, m_bits, v_bits)
+
+
+@inlined
+def _finish_block(
+    masters: Any, limit: Any, m: Int8Array, v: UInt8Array, start: int, size: int, waiting: Any, factors: Any,
+    table: Any, bits: Any, arguments: Any, num_refused: Any,
+) -> Any:  # fmt: skip
+    """The second half of a block that has no other beside it; as `_update_master`."""
+    for j in range(size):
+        num_refused = _update_master(masters, limit, start, j, waiting, arguments, num_refused)
+        _encode(m, v, start, j, waiting, factors, table, bits)
+    return num_refused
 
 
 @compiled
@@ -125,52 +238,47 @@ def _adamw_int8(
     first_element: int,
     arguments: Any,
 ) -> int:
-    num_refused = 0
-    new_m, new_root = np.empty(MOMENT_BLOCK_ELEMENTS, np.float32), np.empty(MOMENT_BLOCK_ELEMENTS, np.float32)
-    for block in range(m_scales.size):
-        start = block * MOMENT_BLOCK_ELEMENTS
-        stop = min(start + MOMENT_BLOCK_ELEMENTS, m.size)
-        block_m, block_v, block_g = window(m, start, stop), window(v, start, stop), window(g, start, stop)
-        num_refused_masters, m_bits, root_bits = _update_block(
-            masters, limit, start, block_m, m_scales[block], block_v, v_scales[block], block_g,
-            new_m, new_root, arguments,
-        )  # fmt: skip
-        num_refused += num_refused_masters
-        if m_bits >= _LIMIT_BITS or root_bits >= _ROOT_LIMIT_BITS:
-            # Nobody will read this block, and the code of a NaN is not defined.
-            num_refused += 1
-            continue
-        m_scales[block], v_scales[block] = _encode_block(
-            new_m, new_root, float_of_bits(m_bits), float_of_bits(root_bits), block_m, block_v,
-            key, first_element + start,
-        )  # fmt: skip
-    return num_refused
-
-
-@inlined
-def _encode_block(
-    new_m: Float32Array,
-    new_root: Float32Array,
-    largest_m: Any,
-    largest_root: Any,
-    m: Int8Array,
-    v: UInt8Array,
-    key: Any,
-    first_element: int,
-) -> tuple[Any, Any]:
-    """Write a block's codes; return its scales for m and for the roots of v.
-
-    It is v, not its root, whose expectation is kept: otherwise v would grow by the variance of every rounding.
-    """
-    m_scale = max(largest_m / _M_CODE_LIMIT, _MIN_M_SCALE) if largest_m > _ZERO else _ZERO
-    v_scale = max(largest_root / _V_CODE_LIMIT, _MIN_V_SCALE) if largest_root > _ZERO else _ZERO
-    m_factor = _M_UNIT / m_scale if largest_m > _ZERO else _ZERO
-    v_factor = _V_UNIT / v_scale if largest_root > _ZERO else _ZERO
-    for i in range(m.size):
-        random = random_bits(key, first_element, i)
-        m[i] = round_to_int8(new_m[i] * m_factor, low_random(random))
-        v[i] = round_root(new_root[i] * v_factor, new_root[i], high_random(random))
-    return m_scale, v_scale
+    if m.size == 0:
+        return 0
+    new = (scratch(TILE_ELEMENTS), scratch(TILE_ELEMENTS))
+    waiting = (scratch(TILE_ELEMENTS), scratch(TILE_ELEMENTS), scratch(TILE_ELEMENTS))
+    table = scratch(TILE_ELEMENTS)
+    for j in range(TILE_ELEMENTS):
+        table[np.uintp(j)] = float_of_bits(random_bits(key, 0, j))
+    first_size, last, rest = tiles(m.size)
+    num_refused = np.int32(0)
+    factors, num_refused_blocks = _begin_block(
+        masters, m, m_scales, v, v_scales, g, 0, first_size, new, waiting, arguments
+    )
+    for start in range(TILE_ELEMENTS, last + 1, TILE_ELEMENTS):
+        block, before = start // TILE_ELEMENTS, start - TILE_ELEMENTS
+        m_scale, v_scale = m_scales[block], v_scales[block]
+        bits = _bits_of_block(key, first_element + before)
+        m_bits, v_bits = np.uint32(0), np.uint32(0)
+        # Two loops, each with one of the two long waits and half of the instructions.
+        for j in range(TILE_ELEMENTS):
+            num_refused = _update_master(masters, limit, before, j, waiting, arguments, num_refused)
+            m_bits, v_bits = _decode_and_update(
+                masters, m, m_scale, v, v_scale, g, start, j, new, arguments, m_bits, v_bits
+            )
+        for j in range(TILE_ELEMENTS):
+            _encode(m, v, before, j, waiting, factors, table, bits)
+            _take_root(j, new, waiting, arguments)
+        factors, is_refused = _rescale(m_scales, v_scales, block, m_bits, v_bits)
+        num_refused_blocks += is_refused
+    bits = _bits_of_block(key, first_element + last)
+    num_refused = _finish_block(
+        masters, limit, m, v, last, first_size, waiting, factors, table, bits, arguments, num_refused
+    )
+    if rest < m.size:
+        size = m.size - rest
+        factors, is_refused = _begin_block(masters, m, m_scales, v, v_scales, g, rest, size, new, waiting, arguments)
+        bits = _bits_of_block(key, first_element + rest)
+        num_refused = _finish_block(
+            masters, limit, m, v, rest, size, waiting, factors, table, bits, arguments, num_refused
+        )
+        num_refused_blocks += is_refused
+    return num_refused + num_refused_blocks
 
 
 def adamw_split_bfloat16(

@@ -1,4 +1,8 @@
-"""Adam's arithmetic on one element in float32: what every kernel does, whatever it reads and writes.
+"""Adam's arithmetic on one element in float32, in three stages: what every kernel does, whatever it reads and writes.
+
+A kernel walks tiles of `TILE_ELEMENTS` in the first-level cache and does the first stages of one tile in the same
+loops as the last of the tile before it. From the gradient to the weight is a chain of some 80 cycles, with a root and
+two divisions; of whole chains a core holds only two or three at a time, of stages enough to keep its units busy.
 
 Legend: p master weight, m first moment, v second moment, g gradient.
 """
@@ -15,6 +19,7 @@ from numpy.typing import NDArray
 
 from optim.kernels_compile import inlined
 from optim.kernels_intrinsics import fma, high_half, join_halves, low_half
+from optim.moments import MOMENT_BLOCK_ELEMENTS
 
 UInt16Array = NDArray[np.uint16]
 Float32Array = NDArray[np.float32]
@@ -23,6 +28,8 @@ Float32Array = NDArray[np.float32]
 INFINITY_BITS: Final = np.uint32(0x7F800000)
 # Magnitudes from here on are those, and the finite floats that round half up to a bfloat16 infinity.
 OVERFLOWING_HIGH_BITS: Final = np.uint32(0x7F7F8000)
+# Also a block of 8-bit moments, whose scale is known when its first stages are done.
+TILE_ELEMENTS: Final = MOMENT_BLOCK_ELEMENTS
 # The kernels count in 32 bits.
 _MAX_ELEMENTS: Final = 2**31 - 1
 
@@ -80,51 +87,79 @@ class AdamWScalars:
             eps=eps,
         )
 
-    def kernel_arguments(self, gradient_scale: float) -> tuple[np.float32 | bool, ...]:
-        """What `update` takes after the element."""
+    def kernel_arguments(self, gradient_scale: float) -> tuple[tuple[np.float32 | None, ...], ...]:
+        """What `update_moments`, `denominator` and `update_master` take after the element, in this order.
+
+        What is None is known to be so when a kernel is compiled, which leaves out the arithmetic.
+        """
         lerp_weight = np.float32(self.lerp_weight)
         # torch.lerp starts from the nearer end, so that weights of 0 and 1 are exact.
-        from_moment = bool(abs(lerp_weight) < np.float32(0.5))
-        return (
+        from_moment = abs(lerp_weight) < np.float32(0.5)
+        moments = (
             np.float32(gradient_scale),
-            np.float32(self.decay),
-            np.float32(self.l2),
-            lerp_weight if from_moment else lerp_weight - np.float32(1.0),
-            from_moment,
+            np.float32(self.l2) if self.l2 else None,
+            lerp_weight if from_moment else None,
+            None if from_moment else lerp_weight - np.float32(1.0),
             np.float32(self.beta2),
             np.float32(self.square_weight),
-            np.float32(-self.step_size),
-            np.float32(self.bias_correction2_sqrt),
-            np.float32(self.eps),
+        )
+        return (
+            moments,
+            (np.float32(self.bias_correction2_sqrt), np.float32(self.eps)),
+            (np.float32(self.decay), np.float32(-self.step_size)),
         )
 
 
 @inlined
-def update(
+def update_moments(
     p: Any,
     m: Any,
     v: Any,
     g: Any,
     gradient_scale: Any,
-    decay: Any,
     l2: Any,
-    coefficient: Any,
-    from_moment: Any,
+    weight_from_moment: Any,
+    weight_from_gradient: Any,
     beta2: Any,
     square_weight: Any,
-    negative_step_size: Any,
-    bias_correction2_sqrt: Any,
-    eps: Any,
-) -> tuple[Any, Any, Any, Any]:
-    """One element's new p, m, v and the root of v; what follows g is `AdamWScalars.kernel_arguments`."""
+) -> tuple[Any, Any]:
+    """One element's new m and v; the rest are the first `AdamWScalars.kernel_arguments`."""
     g = g * gradient_scale
-    # Multiplying by 1.0 is exact, but adding 0.0 * p is not (it turns -0.0 into 0.0), hence the branch.
-    if l2 != 0.0:
+    if l2 is not None:
+        # Not with 0.0: adding 0.0 * p is not exact, it turns -0.0 into 0.0.
         g = fma(p, l2, g)
-    m = fma(coefficient, g - m, m if from_moment else g)
-    v = fma(square_weight * g, g, v * beta2)
-    root = np.sqrt(v)
-    return p * decay + negative_step_size * m / (root / bias_correction2_sqrt + eps), m, v, root
+    new_m = g
+    if weight_from_moment is not None:
+        new_m = fma(weight_from_moment, g - m, m)
+    if weight_from_gradient is not None:
+        new_m = fma(weight_from_gradient, g - m, g)
+    return new_m, fma(square_weight * g, g, v * beta2)
+
+
+@inlined
+def denominator(root: Any, bias_correction2_sqrt: Any, eps: Any) -> Any:
+    """What m is divided by, of the root of the new v and the second `AdamWScalars.kernel_arguments`."""
+    return root / bias_correction2_sqrt + eps
+
+
+@inlined
+def update_master(p: Any, m: Any, denominator: Any, decay: Any, negative_step_size: Any) -> Any:
+    """One element's new p, of its new m and the third `AdamWScalars.kernel_arguments`."""
+    return p * decay + negative_step_size * m / denominator
+
+
+@inlined
+def tiles(num_elements: int) -> tuple[int, int, int]:
+    """The first tile's size, where the last whole tile begins (0 if none is), and where what is left over begins.
+
+    Kernels go through the first tile, the whole ones behind it, and the rest in loops of their own: one loop whose
+    condition tells them apart would begin a tile before the arrays, and LLVM, which asks before the loops whether
+    arrays overlap, would find that they do where one lies behind the other, and would not vectorise.
+    """
+    num_whole = num_elements // TILE_ELEMENTS
+    if num_whole == 0:
+        return num_elements, 0, num_elements
+    return TILE_ELEMENTS, (num_whole - 1) * TILE_ELEMENTS, num_whole * TILE_ELEMENTS
 
 
 def load_master(masters: Any, i: Any) -> Any:

@@ -91,14 +91,25 @@ def decode(moments: list[NDArray[Any]]) -> tuple[Float32Array, Float32Array]:
 
 def random_words(key: int, first: int, n: int) -> NDArray[np.uint32]:
     """lowbias32 of https://github.com/skeeto/hash-prospector, on the index and the key."""
-    x = ((np.arange(first, first + n, dtype=np.uint64) & 0xFFFFFFFF) ^ np.uint64(key)).astype(np.uint32)
+    return lowbias32(np.arange(first, first + n, dtype=np.uint64), key)
+
+
+def block_words(key: int, first: int, n: int) -> NDArray[np.uint32]:
+    """For 8 bits: the hash of the index in the block, xor that of the block, counted down from -1; mixed."""
+    index = np.arange(first, first + n, dtype=np.int64)
+    x = (lowbias32(index % 256, key) ^ lowbias32(-1 - index // 256, key)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def lowbias32(index: NDArray[Any], key: int) -> NDArray[np.uint32]:
+    x = index.astype(np.uint32) ^ np.uint32(key)
     x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
     return x ^ (x >> 16)
 
 
 def encode(m: Float32Array, v: Float32Array, moment_dtype: str, key: int, first: int) -> list[NDArray[Any]]:
-    words = random_words(key, first, m.size)
+    words = (random_words if moment_dtype == "bfloat16" else block_words)(key, first, m.size)
     chance_m, chance_v = words & 0xFFFF, words >> 16
     if moment_dtype == "bfloat16":
         new_m = ((m.view(np.uint32) + chance_m) >> 16).astype(np.uint16)
