@@ -237,7 +237,7 @@ def _adamw_int8(
     key: Any,
     first_element: int,
     arguments: Any,
-) -> int:
+) -> Any:
     if m.size == 0:
         return 0
     new = (scratch(TILE_ELEMENTS), scratch(TILE_ELEMENTS))
