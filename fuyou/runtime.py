@@ -330,6 +330,15 @@ class Runtime:
         self.outputs_mode = True
         object.__setattr__(self._model, "forward", self._own_forward)
 
+    def adopt_forward_later(self) -> None:
+        """`adopt_forward` whenever model.eval() or model.train() is called: a trainer does so before it evaluates."""
+
+        def train(mode: bool = True) -> Any:
+            self.adopt_forward()
+            return type(self._model).train(self._model, mode)
+
+        object.__setattr__(self._model, "train", train)
+
     def export(self, folder: str, *, merge: bool = False) -> None:
         """Write the current weights as a plain transformers checkpoint, block by block; flushes first.
 
