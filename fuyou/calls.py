@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -94,15 +95,30 @@ class Loss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, _anchor: torch.Tensor, run: Callable[[ForwardRecord, float], None], record: ForwardRecord
+        ctx: Any,
+        _anchor: torch.Tensor,
+        run: Callable[[ForwardRecord, float], None],
+        record: ForwardRecord,
+        value: torch.Tensor,
     ) -> torch.Tensor:
         ctx.run, ctx.record = run, record
-        return record.loss.float()
+        return value.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         ctx.run(ctx.record, float(gradient))
-        return None, None, None
+        return None, None, None, None
+
+
+def summed_as_called(losses: Sequence[torch.Tensor], parts_of_calls: Sequence[int]) -> torch.Tensor:
+    """The loss of calls that ran together, of so many micro-batches each: the bits of a caller's own sum over the calls.
+
+    `losses` are the micro-batches' weighted ones. Within a call they are added in float64, calls in float32, as Trainer
+    adds what each returns.
+    """
+    remaining = iter(losses)
+    calls = [sum(itertools.islice(remaining, parts), torch.zeros_like(losses[0])).float() for parts in parts_of_calls]
+    return sum(calls[1:], start=calls[0])
 
 
 class Outputs(torch.autograd.Function):

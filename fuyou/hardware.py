@@ -126,14 +126,10 @@ class HardwareProfile:
         for name, value in self.to_json().items():
             if name in ("sources", "io_reason", "refined", "compute_samples") or not value:
                 continue
-            if name.endswith("_bytes_per_second"):
-                text = f"{value / 1e9:.3g} GB/s"
-            elif name.endswith("_bytes"):
-                text = format_bytes(value)
-            elif name.endswith("_per_second"):
-                text = f"{value:.3g}/s"
+            if isinstance(value, dict):
+                text = ", ".join(f"{key} {_with_unit(name, part)}" for key, part in value.items())
             else:
-                text = f"{value:.3g}" if isinstance(value, float) else str(value)
+                text = _with_unit(name, value)
             source = self.sources.get(name)
             rows.append((name, f"{text} ({source})" if source else text))
         return table([f"hardware of {self.device}", self.io_reason], rows)
@@ -150,6 +146,23 @@ class HardwareProfile:
             return cls(**{**data, "compute_samples": samples})
         except TypeError as error:
             raise ConfigError(f"hardware profile: {error}") from None
+
+
+def _with_unit(name: str, value: Any) -> str:
+    """A field's value, in the unit that the end of its name says."""
+    if name.endswith("_bytes_per_second"):
+        return f"{value / 1e9:.3g} GB/s"
+    if name.endswith("_bytes"):
+        return format_bytes(value)
+    if name.endswith("_flops_per_second"):
+        return f"{value / 1e12:.3g} TFLOP/s" if value >= 1e12 else f"{value / 1e9:.3g} GFLOP/s"
+    if name.endswith("_parameters_per_second"):
+        return f"{value / 1e6:,.0f} million/s"
+    if name.endswith(("_seconds", "seconds_per_block")):
+        return f"{1e3 * value:.3g} ms"
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{key} {_with_unit(name, part)}" for key, part in value.items()) + ")"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def available_host_bytes() -> int:

@@ -271,8 +271,9 @@ class Plan:
 
     def _repr_html_(self) -> str:
         """The description as a table, for notebooks."""
-        first, *lines = self.describe().splitlines()
-        return table([first, ""], [(line[:16].strip(), line[16:].strip()) for line in lines])
+        first, *lines = self.describe(reasons=False).splitlines()
+        rows = [(line[:16].strip(), line[16:].strip()) for line in lines]
+        return table([first, ""], [*rows, *((f"why {field}", reason) for field, reason in self.reasons.items())])
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON; `from_json` gives an equal plan back (and leaves out what `fuyou plan --json` reports beside)."""

@@ -41,6 +41,7 @@ from fuyou.calls import (
     num_tokens,
     shape_of,
     split_batch,
+    summed_as_called,
     sync_gradients,
 )
 from fuyou.config import OffloadConfig, format_bytes
@@ -144,7 +145,8 @@ class Runtime:
         self._hardware = cached_hardware(config.store_directories, device, config.compute_dtype)
         self.plan = self._make_plan(clipping=False)
         self._device: Device = make_device(device, trace)
-        self._queued: list[tuple[Mapping[str, Any], float]] = []
+        self._queued: list[list[tuple[Mapping[str, Any], float]]] = []
+        """By call, micro-batches that wait for the last call of their step."""
         self._queued_scales: list[float] = []
         self._queued_since = -1
         """The optimizer's num_steps_called when the queue was empty: only its micro-batches go into one step."""
@@ -327,6 +329,15 @@ class Runtime:
         self._executor.adopted_forward = given
         self.outputs_mode = True
         object.__setattr__(self._model, "forward", self._own_forward)
+
+    def adopt_forward_later(self) -> None:
+        """`adopt_forward` whenever model.eval() or model.train() is called: a trainer does so before it evaluates."""
+
+        def train(mode: bool = True) -> Any:
+            self.adopt_forward()
+            return type(self._model).train(self._model, mode)
+
+        object.__setattr__(self._model, "train", train)
 
     def export(self, folder: str, *, merge: bool = False) -> None:
         """Write the current weights as a plain transformers checkpoint, block by block; flushes first.
@@ -699,14 +710,17 @@ class Runtime:
             self._queued_scales.clear()
             self._queued_since = self.optimizer.num_steps_called
         if not sync_gradients():
-            self._queued += calls
+            self._queued.append(calls)
             zero = QueuedLoss.apply(self._executor.anchor, self._queued_scales)  # type: ignore[no-untyped-call]
             return loss_output(type(None), zero)
-        calls, self._queued = [*self._queued, *calls], []
+        queued, self._queued = [*self._queued, calls], []
+        calls = [call for calls_of_one in queued for call in calls_of_one]
         step, first = self._begin_pass([call for call, _ in calls])
         record = self._executor.forward(calls, step=step, first=first)
-        loss = Loss.apply(self._executor.anchor, self._backward, record)  # type: ignore[no-untyped-call]
-        record.reported_loss, record.num_tokens = float(record.loss), sum(num_tokens(call) for call, _ in calls)
+        value = summed_as_called(record.losses, [len(calls_of_one) for calls_of_one in queued])
+        loss = Loss.apply(self._executor.anchor, self._backward, record, value)  # type: ignore[no-untyped-call]
+        record.reported_loss = float(sum(record.losses))
+        record.num_tokens = sum(num_tokens(call) for call, _ in calls)
         record.shape = shape_of(call for call, _ in calls)
         return loss_output(record.output_type, loss)
 
@@ -929,9 +943,10 @@ class Runtime:
         # A forward pass without its backward pass, and what was read ahead for that, would be older than this step.
         self._executor.discard()
         self._weights.announce(())
-        if self._queued and self._queued_since == optimizer.num_steps_called:
+        waiting = sum(map(len, self._queued))
+        if waiting and self._queued_since == optimizer.num_steps_called:
             raise RuntimeError(
-                f"optimizer.step() while {len(self._queued)} micro-batches wait for the last one of their step: accelerate's "
+                f"optimizer.step() while {waiting} micro-batches wait for the last one of their step: accelerate's "
                 "sync_gradients is False, so their losses are not computed yet. Step after the last micro-batch of a step "
                 "(accelerator.accumulate() does so); after a loop that was interrupted, call optimizer.zero_grad() and "
                 "GradientState()._set_sync_gradients(True)"

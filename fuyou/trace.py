@@ -57,7 +57,8 @@ class StepTrace:
             spans.setdefault(s.lane, []).append(
                 (max(s.started_seconds, begin) - begin, min(s.ended_seconds, end) - begin, s.name)
             )
-        return lanes_picture(f"step {self.step}", end - begin, spans, self.lane_seconds())
+        waiting = {WAIT_LANE: _busy(s for s in self.spans if s.lane == WAIT_LANE)}
+        return lanes_picture(f"step {self.step}", end - begin, spans, self.lane_seconds() | waiting)
 
     def to_json(self) -> dict[str, Any]:
         """The trace as JSON, times in seconds from the step's start."""

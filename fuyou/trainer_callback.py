@@ -46,7 +46,10 @@ class FuyouCallback(TrainerCallback):
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Refuse arguments (ConfigError); write Trainer's checkpoint folder for the store's last commit if it is missing."""
         _check_arguments(args)
-        optimizer = getattr(getattr(kwargs.get("model"), "fuyou", None), "optimizer", None)
+        runtime = getattr(kwargs.get("model"), "fuyou", None)
+        if runtime is not None:
+            runtime.adopt_forward_later()  # trl puts its own on the model after this, and may evaluate before it trains
+        optimizer = getattr(runtime, "optimizer", None)
         if optimizer is not None and _COMMITTED in optimizer.extra:
             folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{optimizer.step_count}"
             if not folder.exists():

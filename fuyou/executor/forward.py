@@ -181,10 +181,11 @@ class ForwardSweep:
                 "whole model (model(...)), not a part of it"
             )
         self._stop(micro_batch, index)
-        if self._training:
-            result = self._run_layer(micro_batch, index, args, kwargs)
-        else:
-            result = self._plain_forwards[index](*args, **kwargs)
+        with self._state.casts_let_go():
+            if self._training:
+                result = self._run_layer(micro_batch, index, args, kwargs)
+            else:
+                result = self._plain_forwards[index](*args, **kwargs)
         if index == len(self._layers) - 1:
             self._stop(micro_batch, len(self._layers))
         return result

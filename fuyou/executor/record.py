@@ -117,10 +117,10 @@ class ForwardRecord:
     """What a forward pass leaves for its backward pass."""
 
     micro_batches: list[MicroBatch]
-    loss: torch.Tensor
-    """Weighted sum of the micro-batches' losses, float64, 0-dimensional."""
     output_type: type
     autocast: tuple[bool, torch.dtype]
+    losses: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    """The micro-batches' losses times their weights, float64, 0-dimensional."""
     needs_prologue: bool = False
     reported_loss: float | None = None
     """What the step's figures say; None if the loss is computed elsewhere."""

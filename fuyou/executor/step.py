@@ -152,7 +152,6 @@ class StepExecutor:
         first micro-batch in the step) choose the random numbers. Call `backward` with the record, or `discard` it.
         """
         record, autocast = self._new_record(calls, first)
-        losses = torch.zeros((), dtype=torch.float64, device=self._device.torch_device)
         with self._running(record.micro_batches, record), self._state.autocast(autocast):
             self._run_layers(record.micro_batches, step, self._backward.visits(epilogue_again=False))
             with self._bound.block("epilogue"), torch.enable_grad():
@@ -161,7 +160,7 @@ class StepExecutor:
                     with self._loss_in_chunks(micro_batch, autocast[1]):
                         self._forward.finish(micro_batch)
                     loss = _loss_of(micro_batch.output)
-                    losses += micro_batch.weight * loss.detach().double()
+                    record.losses.append(micro_batch.weight * loss.detach().double())
                     record.output_type = type(micro_batch.output)
                     micro_batch.output = None
                     if not loss.requires_grad:
@@ -171,7 +170,6 @@ class StepExecutor:
                             loss, torch.tensor(micro_batch.weight, dtype=loss.dtype, device=loss.device)
                         )
                     del loss
-        record.loss = losses
         return record
 
     def _loss_in_chunks(
@@ -211,7 +209,7 @@ class StepExecutor:
     ) -> tuple[ForwardRecord, tuple[bool, torch.dtype]]:
         micro_batches = [MicroBatch(first + i, arguments, weight) for i, (arguments, weight) in enumerate(calls)]
         autocast = self._state.get_autocast()
-        return ForwardRecord(micro_batches, torch.zeros(()), type(None), autocast), autocast
+        return ForwardRecord(micro_batches, type(None), autocast), autocast
 
     def _run_layers(self, micro_batches: list[MicroBatch], step: int, then: Sequence[str] = ()) -> None:
         """Up to the epilogue; `then` are the shards that will be visited when the forward pass is over."""

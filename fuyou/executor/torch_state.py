@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import torch
 
@@ -58,3 +60,13 @@ class TorchState:
         # Without the cache: it would return casts of weights that have been replaced since.
         enabled, dtype = autocast
         return torch.autocast(self._torch_device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+    @contextlib.contextmanager
+    def casts_let_go(self) -> Iterator[None]:
+        """Inside, an autocast that somebody else entered keeps no casts of weights: each would outlive its block's stay."""
+        kept = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(kept)

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.trainer_pt_utils import LabelSmoother
 
 import fuyou
@@ -262,6 +264,40 @@ def test_evaluation_between_forward_and_backward(make: Callable[..., Pair]) -> N
         assert pair.optimizer.last_step.grad_norm == expected[1]
         assert found.shape[0] == 2
     pair.assert_equal()
+
+
+class LiveCasts(TorchDispatchMode):
+    """Counts the bfloat16 copies of layers' weights that are in memory at once."""
+
+    def __init__(self, shapes: set[torch.Size]) -> None:
+        super().__init__()
+        self._shapes = shapes
+        self._storages: list[StorageWeakRef] = []
+        self.most = 0
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and args[0].shape in self._shapes:
+            self._storages.append(StorageWeakRef(result.untyped_storage()))
+            self.most = max(self.most, sum(not storage.expired() for storage in self._storages))
+        return result
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_of_an_adopted_forward_keeps_no_casts(make: Callable[..., Pair], training: bool) -> None:
+    """Autocast keeps its casts of weights until it is left, which would be the whole model's at the last layer."""
+    pair = make("llama", micro_batch_size=2)
+    model: Any = pair.model
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)  # accelerate's, too, is made once
+    model.fuyou.adopt_forward()
+    layer = {p.shape for p in model.model.layers[0].parameters() if p.ndim == 2}
+    with LiveCasts(layer) as casts, torch.set_grad_enabled(training):
+        loss = model(**rows(pair)).loss
+    assert 0 < casts.most <= 2
+    if training:
+        loss.backward()
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.is_autocast_cache_enabled()
 
 
 def test_older_or_used_outputs_are_refused(make: Callable[..., Pair]) -> None:

@@ -107,8 +107,15 @@ def test_notebooks_show_tables() -> None:
     plan = dataclasses.replace(given.plan(), reasons={"x": "<script>"})
     assert "<table>" in plan._repr_html_()
     assert "&lt;script&gt;" in plan._repr_html_()
+    assert ">why x<" in plan._repr_html_()
     text = dataclasses.replace(GPU, sources={"num_cores": "a & b"})._repr_html_()
     assert "10 GB/s" in text
+    measured = dataclasses.replace(GPU, compute_flops_per_second=3.604e10, commit_seconds=0.0083, num_cores=2)
+    measured = dataclasses.replace(measured, update_parameters_per_second={"float32": 5.66e8, "int8": 3.73e8})
+    assert [
+        unit in measured._repr_html_()
+        for unit in (">36 GFLOP/s<", ">8.3 ms<", ">float32 566 million/s, int8 373 million/s<")
+    ] == [True] * 3
     assert "a &amp; b" in text
 
 

@@ -46,7 +46,7 @@ def spoil_losses(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         record = real(*args, **kwargs)
-        record.loss = record.loss * math.nan
+        record.losses = [loss * math.nan for loss in record.losses]
         return record
 
     monkeypatch.setattr(pair.model.fuyou._executor, "forward", forward)

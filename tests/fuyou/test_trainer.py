@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 import fuyou
+from tests.fuyou.master_adamw import MasterAdamW
 from tests.tiny_models import tiny_batches, tiny_model_config
 
 # Renamed between releases of transformers.
@@ -75,9 +76,8 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
 def streamed(config: Any, folder: Path, **options: Any) -> Any:
     # Dropout off: Trainer draws other masks than the vertical schedule, which seeds each micro-batch.
     config.attention_dropout = 0.0
-    offload = fuyou.OffloadConfig(
-        store=folder / "store", device="cpu", compute_dtype="float32", host_memory="128MiB", **options
-    )
+    options = {"compute_dtype": "float32", "host_memory": "128MiB"} | options
+    offload = fuyou.OffloadConfig(store=folder / "store", device="cpu", **options)
     return fuyou.from_config(config, offload=offload, seed=1)
 
 
@@ -119,6 +119,53 @@ def test_equals_plain_trainer(name: str, tmp_path: Path) -> None:
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "end", dtype="auto")
     for (parameter_name, parameter), wanted in zip(exported.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(parameter, wanted, rtol=1e-3, atol=2e-6, msg=parameter_name)
+
+
+def assert_equal_weights(model: Any, plain: Any, folder: Path) -> None:
+    """Bit for bit, by a model exported from the store."""
+    model.save_pretrained(folder / "end")
+    exported = AutoModelForCausalLM.from_pretrained(folder / "end", dtype="auto")
+    for (name, parameter), wanted in zip(exported.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(parameter, wanted), name
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "autocast"])
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_without_clipping_equals_plain_trainer_bit_for_bit(name: str, bf16: bool, tmp_path: Path) -> None:
+    """The arithmetic is the same, under autocast too; a tied weight's gradients alone are added in another order."""
+    changes: dict[str, Any] = {"max_grad_norm": 0.0, "bf16": bf16}
+    model = streamed(tiny_model_config(name), tmp_path)
+    model.save_pretrained(tmp_path / "start")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype=torch.float32)
+    expected = trainer(plain, tmp_path / "plain", **changes)
+    expected.train()
+    optimizer = fuyou.AdamW(model, lr=2e-3, weight_decay=0.1, param_groups=_groups(model))
+    with model.fuyou:
+        made = trainer(model, tmp_path / "out", optimizer, [fuyou.FuyouCallback()], **changes)
+        made.train()
+        for key in ("loss", "eval_loss", "learning_rate"):
+            assert history(made, key) == history(expected, key), key
+        assert len(history(made, "loss")) == NUM_STEPS
+        assert_equal_weights(model, plain, tmp_path)
+
+
+def test_weights_in_bfloat16_equal_plain_trainer_bit_for_bit(tmp_path: Path) -> None:
+    """In memory with float32 masters too; clipping is the optimizer's on both sides."""
+    model = streamed(tiny_model_config("llama"), tmp_path, compute_dtype="bfloat16")
+    model.save_pretrained(tmp_path / "start")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "start", dtype=torch.bfloat16)
+    masters = MasterAdamW(plain, lr=2e-3, max_grad_norm=0.5)
+    expected = trainer(plain, tmp_path / "plain", masters, max_grad_norm=0.0)
+    expected.train()
+    optimizer = fuyou.AdamW(model, lr=2e-3, weight_decay=0.0, max_grad_norm=0.5)
+    with model.fuyou:
+        made = trainer(model, tmp_path / "out", optimizer, [fuyou.FuyouCallback()])
+        made.train()
+        for key in ("loss", "eval_loss", "learning_rate"):
+            assert history(made, key) == history(expected, key), key
+        assert history(made, "grad_norm") == pytest.approx(masters.norms, rel=1e-12)
+        assert min(masters.norms) > 0.5  # clipping was at work
+        assert_equal_weights(model, plain, tmp_path)
 
 
 def _groups(model: Any) -> list[dict[str, Any]]:
