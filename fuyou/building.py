@@ -216,6 +216,19 @@ def _children_first(module: nn.Module) -> Iterator[nn.Module]:
     yield module
 
 
+def read_config(folder: Path) -> Any:
+    """The transformers config of a checkpoint's folder; ModelError."""
+    from transformers import AutoConfig
+
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder}: no config.json in it; name the folder that holds it and the safetensors files")
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(f"{folder}: no usable config.json ({said[:300]})") from error
+
+
 def resolve_checkpoint(name_or_path: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The local folder of a checkpoint; a hub name is downloaded (configs, tokenizer, safetensors)."""
     path = Path(name_or_path).expanduser()
@@ -224,7 +237,7 @@ def resolve_checkpoint(name_or_path: str | os.PathLike[str], revision: str | Non
     if path.exists():
         raise ModelError(f"{name_or_path}: is a file; name the folder that holds config.json and the safetensors files")
     if path.is_absolute() or str(name_or_path).startswith((".", "~")):
-        raise ModelError(f"{name_or_path}: no such folder")
+        raise ModelError(f"{name_or_path}: no such folder; name one that holds config.json and the safetensors files")
     from huggingface_hub import snapshot_download
 
     try:

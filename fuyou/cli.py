@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -23,6 +24,7 @@ from typing import Any, NoReturn
 
 from fuyou import inference_cli
 from fuyou.errors import ConfigError, FuyouError, PlanError
+from fuyou.terminal import fitted, has_escapes
 
 EXIT_DONE, EXIT_FAILED, EXIT_USAGE, EXIT_DOES_NOT_FIT, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
@@ -31,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code; every error ends here as one message."""
     with _Interruption() as interruption:
         try:
-            code = _run(arguments)
+            code = _run(arguments, interruption)
             # Here, where a reader that went away is known for what it is; Python's own flush comes too late.
             sys.stdout.flush()
             return code
@@ -40,14 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _discard_stdout()
             return EXIT_FAILED
         except BaseException as error:
-            return _report(error, interrupted=interruption.arrived)
+            return _report(error, interruption)
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _run(arguments: Sequence[str] | None, interruption: _Interruption) -> int:
     try:
         options = _parser().parse_args(arguments)
     except SystemExit:  # after --help
         return EXIT_DONE
+    interruption.leaves = options.leaves
     _quiet_libraries()
     command: Callable[[argparse.Namespace], int] = options.command
     return command(options)
@@ -75,13 +78,15 @@ def _doctor(options: argparse.Namespace) -> int:
         width = max(len(finding.name) for finding in findings)
         marks = {"ok": "ok  ", "note": "note", "problem": "BAD "}
         for finding in findings:
-            print(f"{marks[finding.status]}  {finding.name:<{width}}  {finding.value}")
+            _print(f"{marks[finding.status]}  {finding.name:<{width}}  {finding.value}", indent=width + 8)
         todo = advice(findings)
-        print("\nwhat to do:\n" + "\n".join(f"  {line}" for line in todo) if todo else "\nnothing to do")
+        _print("\nwhat to do:\n" + "\n".join(f"  {line}" for line in todo) if todo else "\nnothing to do")
     return EXIT_FAILED if failed else EXIT_DONE
 
 
 def _plan(options: argparse.Namespace) -> int:
+    import datasets
+
     from fuyou.config import parse_bytes
     from fuyou.hardware import cached_hardware
     from fuyou.lora import lora_config
@@ -93,6 +98,7 @@ def _plan(options: argparse.Namespace) -> int:
     from fuyou.shipped import load_hardware
     from fuyou.training import expected_shape, model_config
 
+    datasets.disable_progress_bars()
     recipe = load_recipe(options.recipe, options.set)
     offload = recipe.offload_config()
     config = model_config(recipe)
@@ -106,6 +112,8 @@ def _plan(options: argparse.Namespace) -> int:
     else:
         drives, device = offload.store_directories, choose_device(offload)
         known = None if options.measure else cached_hardware(drives, device, offload.compute_dtype)
+        if known is None:
+            _say("measuring this machine and its drive, which takes up to a minute")
         hardware = known or measure_hardware(drives, device, offload.compute_dtype)
     try:
         shape, source = expected_shape(recipe)
@@ -134,8 +142,8 @@ def _plan(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(report.plan.to_json() | {"report": report.to_json()})
     else:
-        print(report.describe(explain=options.explain))
-        print(f"  tokens         {inputs.num_tokens:,} a step, by {source}")
+        _print(report.describe(explain=options.explain))
+        _print(f"  tokens         {inputs.num_tokens:,} a step, by {source}")
     return EXIT_DONE
 
 
@@ -158,7 +166,7 @@ def _simulate(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(run.to_json())
     else:
-        print(run.describe())
+        _print(run.describe())
     return EXIT_DONE
 
 
@@ -187,7 +195,7 @@ def _inspect(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(found)
     else:
-        print("\n".join(_outline(found)))
+        _print("\n".join(_outline(found)))
     return EXIT_DONE
 
 
@@ -198,9 +206,9 @@ def _verify(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"ok": not problems, "problems": problems})
     elif problems:
-        print("\n".join(problems))
+        _print("\n".join(problems))
     else:
-        print("all data is as it was written")
+        _print("all data is as it was written")
     return EXIT_FAILED if problems else EXIT_DONE
 
 
@@ -228,15 +236,11 @@ def _checkpoint(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(done)
     else:
-        print(text)
+        _print(text)
     return EXIT_DONE
 
 
 def _export(options: argparse.Namespace) -> int:
-    import fuyou
-    from fuyou.inference import TOKENIZER_FOLDER
-    from fuyou.tokenizing import save_tokenizer
-
     out = Path(options.out).expanduser()
     if options.merge and (options.format != "safetensors" or options.masters):
         raise ConfigError(
@@ -246,6 +250,22 @@ def _export(options: argparse.Namespace) -> int:
         raise ConfigError(f"{out} exists and is not an empty folder: name a new one")
     if options.masters and options.format == "dcp":
         raise ConfigError("--masters: --format dcp writes the masters anyway; leave one of them out")
+    existed = out.is_dir()
+    try:
+        return _export_to(out, options)
+    except BaseException:
+        # It was not there, or empty: so it is again, and the same command can run again.
+        shutil.rmtree(out, ignore_errors=True)
+        if existed:
+            out.mkdir(exist_ok=True)
+        raise
+
+
+def _export_to(out: Path, options: argparse.Namespace) -> int:
+    import fuyou
+    from fuyou.inference import TOKENIZER_FOLDER
+    from fuyou.tokenizing import save_tokenizer
+
     if options.format == "dcp":
         from fuyou.master_export import export_distributed
 
@@ -253,7 +273,9 @@ def _export(options: argparse.Namespace) -> int:
         if options.json:
             _print_json({"out": str(out), "step": step})
         else:
-            print(f"step {step} with its optimizer states written to {out}; torch.distributed.checkpoint.load reads it")
+            _print(
+                f"step {step} with its optimizer states written to {out}; torch.distributed.checkpoint.load reads it"
+            )
         return EXIT_DONE
     what = "model"
     if options.masters:
@@ -280,16 +302,16 @@ def _export(options: argparse.Namespace) -> int:
         _print_json({"out": str(out), "step": step, "what": what, "tokenizer": tokenizer})
         return EXIT_DONE
     if what == "adapter":
-        print(
+        _print(
             f"the adapter of step {step} written to {out}; load it with peft.PeftModel.from_pretrained(base, {str(out)!r})"
         )
-        print("--merge writes the whole model with the adapter merged into it")
+        _print("--merge writes the whole model with the adapter merged into it")
     else:
-        print(
+        _print(
             f"step {step} written to {out}; load it with "
             f"transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})"
         )
-        print(
+        _print(
             f"with the tokenizer of {tokenizer}"
             if tokenizer is not None
             else "without a tokenizer, since the model that the run began with has none here: add its files"
@@ -314,7 +336,7 @@ def _trace(options: argparse.Namespace) -> int:
     if options.json:
         _print_json({"out": str(out), "step": number, "seconds": steps[number]["seconds"]})
     else:
-        print(f"step {number} ({steps[number]['seconds']:.3f} s) written to {out}")
+        _print(f"step {number} ({steps[number]['seconds']:.3f} s) written to {out}")
     return EXIT_DONE
 
 
@@ -324,7 +346,7 @@ def _bench(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(result)
     else:
-        print(module.describe(result))
+        _print(module.describe(result))
     return EXIT_DONE
 
 
@@ -336,6 +358,16 @@ BENCHES = ("io", "adam", "optimizer", "step", "generate")
 
 
 # ----------------------------------------------------------------------------------------------------- parser
+
+
+_LEAVES_NOTHING = "nothing was changed"
+_LEAVES = {
+    "train": "what is committed is safe: run the same command to go on",
+    "checkpoint": "the store is whole: fuyou inspect says which checkpoints it keeps",
+    "export": "nothing was exported; run the same command again",
+    "trace": "the store is as it was; run the same command again",
+}
+"""What an interrupted command says where it knows no better."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -357,7 +389,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, command: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        sub.set_defaults(command=command)
+        sub.set_defaults(command=command, leaves=_LEAVES.get(name, _LEAVES_NOTHING))
         sub.add_argument("--json", action="store_true", help="JSON on stdout, and nothing else")
         return sub
 
@@ -460,7 +492,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = parts.add_parser(
             name, help=module.SUMMARY, description=f"{module.SUMMARY[0].upper()}{module.SUMMARY[1:]}."
         )
-        sub.set_defaults(command=_bench, bench=name)
+        sub.set_defaults(command=_bench, bench=name, leaves=_LEAVES_NOTHING)
         sub.add_argument("--json", action="store_true", help="JSON on stdout, and nothing else")
         module.add_arguments(sub)
     return parser
@@ -499,6 +531,10 @@ def _directories(options: argparse.Namespace) -> str | list[str]:
 # ----------------------------------------------------------------------------------------------------- output
 
 
+def _print(text: str, indent: int | None = None) -> None:
+    print(fitted(text, sys.stdout, indent))
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, default=str))
 
@@ -528,14 +564,14 @@ def _flat_text(value: Any) -> str:
 # ----------------------------------------------------------------------------------------------------- errors
 
 
-def _report(error: BaseException, *, interrupted: bool) -> int:
+def _report(error: BaseException, interruption: _Interruption) -> int:
     if os.environ.get("FUYOU_TRACEBACK") == "1":
         traceback.print_exception(error)
     # An interruption may surface as another error of what it interrupted; it is an interruption all the same.
-    if interrupted or isinstance(error, KeyboardInterrupt):
-        said = str(error) if isinstance(error, KeyboardInterrupt) else ""
-        # Over the terminal's own ^C.
-        _complain(f"interrupted{': ' if said else ''}{said}", start="\r" if sys.stderr.isatty() else "")
+    if interruption.arrived or isinstance(error, KeyboardInterrupt):
+        said = (str(error) if isinstance(error, KeyboardInterrupt) else "") or interruption.leaves
+        # Over the terminal's own ^C, and over a line that was to be written over.
+        _complain(f"interrupted: {said}", start="\r\x1b[K" if has_escapes(sys.stderr) else "")
         return EXIT_INTERRUPTED
     code, message = _explain(error)
     _complain(f"error: {message}")
@@ -569,8 +605,12 @@ def _explain(error: BaseException) -> tuple[int, str]:
 def _complain(message: str, *, start: str = "") -> None:
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-        sys.stderr.write(f"{start}fuyou: {message}\n")
-        sys.stderr.flush()
+        _say(f"fuyou: {message}", start=start)
+
+
+def _say(text: str, *, start: str = "") -> None:
+    sys.stderr.write(f"{start}{fitted(text, sys.stderr)}\n")
+    sys.stderr.flush()
 
 
 def _discard_stdout() -> None:
@@ -588,6 +628,8 @@ class _Interruption:
 
     def __init__(self) -> None:
         self.arrived = False
+        self.leaves = "nothing was begun; run the same command again"
+        """What is left of the command, and how to go on."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Interruption:
@@ -603,9 +645,20 @@ class _Interruption:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.arrived:
-            os._exit(EXIT_INTERRUPTED)
+            _end_at_once()
         self.arrived = True
         raise KeyboardInterrupt
+
+
+def _end_at_once() -> NoReturn:
+    """End the process, whatever is under way; by system calls alone, since nobody may hold a file's lock."""
+    with contextlib.suppress(OSError):
+        if os.isatty(1) and has_escapes(sys.__stdout__ or sys.stdout):
+            os.write(1, b"\x1b[?25h")  # a live view has hidden the cursor
+        if os.isatty(2):
+            os.write(2, b"\n")
+        os.write(2, b"fuyou: ended at once; what is committed is safe: run the same command to go on\n")
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _quiet_libraries() -> None:

@@ -100,7 +100,8 @@ class GenerationPlan:
         """For people: one line a decision."""
         return "\n".join(
             [
-                f"{self.batch_size} texts at once ({self.reasons['batch_size']}), prompts in parts of {self.micro_batch_size}",
+                f"{self.batch_size} text{'s' * (self.batch_size > 1)} at once ({self.reasons['batch_size']}), "
+                f"prompts in parts of {self.micro_batch_size}",
                 f"keys and values in {'host memory' if self.cache_tier == 'host' else 'the memory that computes'}: "
                 f"{format_bytes(self.cache_bytes)} ({self.reasons['cache']})",
                 f"{format_bytes(self.read_bytes_per_token_step)} are read from the drive for each token of the batch",

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from fuyou.building import resolve_checkpoint
+from fuyou.building import read_config, resolve_checkpoint
 from fuyou.config import OffloadConfig
 from fuyou.errors import ConfigError, DataError, ModelError
 from fuyou.tokenizing import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
@@ -53,7 +53,6 @@ def find_source(given: str | Sequence[str], *, compute_dtype: str | None = None,
     `compute_dtype` is for checkpoints; None: float32 where the config says so, else bfloat16. ConfigError, ModelError,
     StoreError.
     """
-    from transformers import AutoConfig
 
     from fuyou.store_contents import stored_config
 
@@ -94,10 +93,7 @@ def find_source(given: str | Sequence[str], *, compute_dtype: str | None = None,
     folder = resolve_checkpoint(name)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: neither a store nor a checkpoint (no config.json in it)")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: no usable config.json ({str(error).splitlines()[0]})") from error
+    config = read_config(folder)
     wanted = compute_dtype or ("float32" if "float32" in str(getattr(config, "dtype", None)) else "bfloat16")
     return Source((), folder, config, wanted, None, None, None, adapter_folder)
 

@@ -7,10 +7,12 @@ import contextlib
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from fuyou.errors import ConfigError
+from fuyou.terminal import fitted, has_escapes, shown
 
 if TYPE_CHECKING:
     from fuyou.generation import Answer
@@ -119,7 +121,10 @@ def generate(options: argparse.Namespace) -> int:
         )
         runtime = model.fuyou
         runtime.prefill_micro_batch_size = plan.micro_batch_size
-        file = stack.enter_context(out.open("x", encoding="utf-8")) if out is not None else None
+        file = None
+        if out is not None:
+            file = stack.enter_context(out.open("x", encoding="utf-8"))
+            stack.enter_context(_kept_answers(out, answers, len(prompts)))
         read_before = runtime.bytes_moved[0]
         for answer in answer_all(
             model,
@@ -207,8 +212,23 @@ def evaluate(options: argparse.Namespace) -> int:
     if options.json:
         sys.stdout.write(json.dumps(found.to_json(), indent=2) + "\n")
     else:
-        sys.stdout.write(found.describe() + "\n")
+        sys.stdout.write(fitted(found.describe(), sys.stdout) + "\n")
     return 0
+
+
+@contextlib.contextmanager
+def _kept_answers(out: Path, answers: list[Answer], num_prompts: int) -> Iterator[None]:
+    """Says of an interruption what is in the file already; one without answers goes, so that the command can run again."""
+    try:
+        yield
+    except BaseException as error:
+        if not answers:
+            out.unlink(missing_ok=True)
+        if isinstance(error, KeyboardInterrupt) and answers:
+            raise KeyboardInterrupt(
+                f"{out} has the answers to the first {len(answers)} of {num_prompts} prompts; name another file for the rest"
+            ) from None
+        raise
 
 
 def _new_file(name: str | None) -> Path | None:
@@ -228,7 +248,8 @@ def _print_answer(answer: Answer, *, several: bool) -> None:
     if several:
         asked = answer.prompt.row.get("prompt") or answer.prompt.row["messages"][-1]["content"]
         sys.stdout.write("".join(f"> {line}\n" for line in str(asked).splitlines()))
-    sys.stdout.write(f"{answer.completion}\n" + ("\n" if several else ""))
+    completion = shown(answer.completion) if sys.stdout.isatty() else answer.completion
+    sys.stdout.write(f"{completion}\n" + ("\n" if several else ""))
     sys.stdout.flush()
 
 
@@ -237,14 +258,14 @@ class _Progress:
 
     def __init__(self, stream: TextIO | None, num_texts: int, max_new_tokens: int) -> None:
         self._stream, self._num_texts, self._max_new_tokens = stream, num_texts, max_new_tokens
-        self._live = stream is not None and stream.isatty()
+        self._live = stream is not None and has_escapes(stream)
         self._answered, self._shown_seconds = 0, 0.0
 
     def say(self, text: str) -> None:
         """A line that stays."""
         self.clear()
         if self._stream is not None:
-            self._stream.write(f"{text}\n")
+            self._stream.write(f"{fitted(text, self._stream)}\n")
             self._stream.flush()
 
     def token(self, done: int) -> None:

@@ -31,6 +31,11 @@ class RunView:
         self._metrics: dict[str, Any] = {}
         self._remaining = ""
         self._bytes_written = 0
+        self._ended = False
+
+    def end(self) -> None:
+        """Leave out what holds only while the run is under way."""
+        self._ended = True
 
     def add(self, step: int, metrics: dict[str, Any], remaining: str) -> None:
         """One step's line of metrics.jsonl; `remaining` is the time left, for people."""
@@ -46,7 +51,8 @@ class RunView:
         yield self._line(self._loss_parts(plain=options.ascii_only))
         yield self._line(self._rate_parts())
         yield self._lanes()
-        yield self._line([self._what_is_safe()])
+        if not self._ended:
+            yield self._line([self._what_is_safe()])
 
     def _progress_row(self) -> Table:
         row = Table.grid(padding=(0, 2, 0, 0))

@@ -22,6 +22,7 @@ from fuyou.building import (
     checkpoint_files,
     load_blocks,
     random_blocks,
+    read_config,
     replace_by_placeholders,
     resolve_checkpoint,
     write_block,
@@ -89,13 +90,8 @@ def from_pretrained(
     Raises ConfigError, PlanError (budget too small), ModelError (checkpoint unusable), StoreError, OSError; nothing
     that was in the store is lost then.
     """
-    from transformers import AutoConfig
-
     folder = resolve_checkpoint(name_or_path, revision)
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: no usable config.json ({str(error).splitlines()[0]})") from error
+    config = read_config(folder)
 
     def fill(model: nn.Module, blocks: ModelBlocks, write: BlockWriter) -> None:
         load_blocks(model, blocks, folder, DTYPES[offload.compute_dtype], write)
@@ -279,9 +275,7 @@ def inputs_of_run(
     """
     config = name_or_path_or_config
     if isinstance(config, str | os.PathLike):
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(resolve_checkpoint(config), trust_remote_code=False)
+        config = read_config(resolve_checkpoint(config))
     device = hardware.device if hardware is not None else choose_device(offload)
     with model_of(config, DTYPES[offload.compute_dtype], make=shape_model) as model:
         blocks = find_blocks(model, offload.blocks)

@@ -13,8 +13,8 @@ from fuyou.plan import BlockPlan, Plan, StepShape
 from fuyou.planner import MEBIBYTE, PlanInputs, compute_bytes, predict_plan, simulate_plan
 from fuyou.simulator import SimulatedStep
 
-PICTURE_WIDTH = 60
-"""Characters of the lanes' picture."""
+PICTURE_WIDTH = 54
+"""Characters of the lanes' picture; with names and seconds a line has less than 80."""
 SHADES = " ░▒▓█"
 """By the share of a character's time in which its lane is busy."""
 LEAST_WORTH = 1.01

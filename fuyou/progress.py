@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-import textwrap
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from rich.table import Table
 from fuyou.config import format_bytes
 from fuyou.live_view import RunView
 from fuyou.metrics import to_json_line
+from fuyou.terminal import shown, wrapped
 
 NUM_STEPS_AVERAGED = 20
 """Steps that the expected remaining time is taken from."""
@@ -225,7 +224,7 @@ class TerminalReporter(QuietReporter):
 
     def note(self, text: str) -> None:
         """See `Reporter`."""
-        lines = (line for part in text.splitlines() for line in _wrapped(part, self._console.width))
+        lines = (line for part in text.splitlines() for line in wrapped(part, self._console.width))
         self._console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
     def start(self, start: RunStart) -> None:
@@ -254,7 +253,7 @@ class TerminalReporter(QuietReporter):
     def samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """See `Reporter`."""
         for line in sample_lines(step, samples):
-            self.note(line)
+            self.note(shown(line))
 
     def end(self, summary: RunSummary) -> None:
         """See `Reporter`."""
@@ -269,15 +268,10 @@ class TerminalReporter(QuietReporter):
     def close(self) -> None:
         """See `Reporter`."""
         if self._live is not None:
+            assert self._view is not None
+            self._view.end()
             self._live.stop()
             self._live = None
-
-
-def _wrapped(line: str, width: int) -> list[str]:
-    """A line as several between words, those after the first below its text: right of a label, if it has one."""
-    label = re.match(r" +\S+( \S+)*  +", line)
-    indent = " " * (len(label[0]) if label else 0)
-    return textwrap.wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def make_reporter(file: TextIO, *, quiet: bool = False, as_json: bool = False, logging_steps: int = 1) -> Reporter:
@@ -287,7 +281,9 @@ def make_reporter(file: TextIO, *, quiet: bool = False, as_json: bool = False, l
     if quiet:
         return QuietReporter()
     console = Console(file=file)
-    return TerminalReporter(console) if console.is_terminal else LineReporter(file, logging_steps=logging_steps)
+    if console.is_terminal and not console.is_dumb_terminal:
+        return TerminalReporter(console)
+    return LineReporter(file, logging_steps=logging_steps)
 
 
 def step_text(report: StepReport) -> str:
@@ -323,7 +319,8 @@ def summary_lines(summary: RunSummary) -> list[tuple[str, str]]:
         lines += [
             (
                 "time",
-                f"{duration_text(summary.seconds)} for {summary.num_steps} steps, {rate:,.0f} tokens/s, "
+                f"{duration_text(summary.seconds)} for {summary.num_steps} step{'s' * (summary.num_steps > 1)}, "
+                f"{rate:,.0f} tokens/s, "
                 f"limited by {summary.limiting_lane}",
             ),
             (

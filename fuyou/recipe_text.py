@@ -48,7 +48,8 @@ def parse_yaml(text: str, what: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         place = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
-        raise ConfigError(f"{what} is not valid YAML{place}: {error.problem}") from None
+        advice = "; indent with spaces, not with tabs" if "'\\t'" in str(error.problem) else ""
+        raise ConfigError(f"{what} is not valid YAML{place}: {error.problem}{advice}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{what} is not valid YAML: {error}") from None
 

@@ -54,8 +54,7 @@ def model_config(recipe: Recipe) -> Any:
     """The transformers config of a recipe's model; a hub model is downloaded. ConfigError, ModelError."""
     import transformers
 
-    from fuyou.building import resolve_checkpoint
-    from fuyou.errors import ModelError
+    from fuyou.building import read_config, resolve_checkpoint
 
     if recipe.model.config is not None:
         values = dict(recipe.model.config)
@@ -69,10 +68,7 @@ def model_config(recipe: Recipe) -> Any:
             raise ConfigError(f"model.config: {type(error).__name__}: {_first_sentence(error)}") from None
     assert recipe.model.name_or_path is not None
     folder = resolve_checkpoint(recipe.model.name_or_path, recipe.model.revision)
-    try:
-        return transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{folder}: no usable config.json ({_first_sentence(error)})") from None
+    return read_config(folder)
 
 
 _LARGEST_SIZE = 1 << 24

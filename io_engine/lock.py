@@ -81,7 +81,7 @@ class StoreLock:
             self._key, self._descriptor = key, held.descriptor
             return True
         raise StoreLockedError(
-            f"the store of {self._path} is already open in this process ({os.getpid()}); close it first "
+            f"the store in {os.path.dirname(self._path)} is already open in this process ({os.getpid()}); close it first "
             "(store.close()), or use the one that is open"
         )
 
@@ -97,13 +97,13 @@ class StoreLock:
                 ) from None
             if not self._shared and self._can_be_shared():
                 raise StoreLockedError(
-                    f"the store of {self._path} is the base of a run that is under way, so nobody may change it; wait for "
-                    "that run to end, or use another directory"
+                    f"the store in {os.path.dirname(self._path)} is the base of a run that is under way, so "
+                    "nobody may change it; wait for that run to end, or use another directory"
                 ) from None
             holder = os.pread(self._descriptor, 32, 0).decode("ascii", "replace").strip()
             who = f"process {holder}" if holder.isdigit() else "another process"
             raise StoreLockedError(
-                f"the store of {self._path} is in use by {who}; a store belongs to one process at a time, so "
+                f"the store in {os.path.dirname(self._path)} is in use by {who}; a store belongs to one process at a time, so "
                 "wait for it to end, or end it, or use another directory"
             ) from None
         if self._shared:

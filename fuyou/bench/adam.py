@@ -78,25 +78,25 @@ def describe(result: dict[str, Any]) -> str:
     for num_workers, row in result["workers"].items():
         lines += [
             "",
-            f"{f'{num_workers} worker' + ('s' if num_workers != '1' else ''):12}{'ratio':>7}{'ns':>8}{'GB/s':>8}"
-            f"{'spread':>8}{'B':>7}{'limit ns':>10}{'limit GB/s':>12}{'limit/triad':>13}",
+            f"{f'{num_workers} worker' + ('s' if num_workers != '1' else ''):12}{'ratio':>6}{'ns':>7}{'GB/s':>6}"
+            f"{'spread':>8}{'B':>6}{'limit ns':>10}{'limit GB/s':>11}{'limit/triad':>12}",
         ]
         for name, kernel in row["kernels"].items():
             limit = kernel["limit"]
             lines.append(
-                f"{name:12}{kernel['ratio']:>7.2f}{kernel['nanoseconds_per_parameter']:>8.3f}"
-                f"{kernel['bytes_per_second'] / 1e9:>8.1f}{kernel['spread']:>8.1%}{kernel['bytes_per_parameter']:>7.4g}"
-                f"{limit['nanoseconds_per_parameter']:>10.3f}{limit['bytes_per_second'] / 1e9:>12.1f}"
-                f"{limit['ratio_to_triad']:>13.2f}"
+                f"{name:12}{kernel['ratio']:>6.2f}{kernel['nanoseconds_per_parameter']:>7.3f}"
+                f"{kernel['bytes_per_second'] / 1e9:>6.1f}{kernel['spread']:>8.1%}{kernel['bytes_per_parameter']:>6.4g}"
+                f"{limit['nanoseconds_per_parameter']:>10.3f}{limit['bytes_per_second'] / 1e9:>11.1f}"
+                f"{limit['ratio_to_triad']:>12.2f}"
             )
         for name, other in row["others"].items():
             lines.append(
-                f"{name:12}{'':7}{other['nanoseconds_per_parameter']:>8.3f}{other['bytes_per_second'] / 1e9:>8.1f}"
-                f"{other['spread']:>8.1%}{other['bytes_per_parameter']:>7.4g}   our float32 kernel is "
+                f"{name:12}{'':6}{other['nanoseconds_per_parameter']:>7.3f}{other['bytes_per_second'] / 1e9:>6.1f}"
+                f"{other['spread']:>8.1%}{other['bytes_per_parameter']:>6.4g}  ours is "
                 f"{other['our_speedup']:.2f} times as fast"
             )
         triad = row["triad"]
-        lines.append(f"{'triad':12}{'':15}{triad['bytes_per_second'] / 1e9:>8.1f}{triad['spread']:>8.1%}")
+        lines.append(f"{'triad':12}{'':13}{triad['bytes_per_second'] / 1e9:>6.1f}{triad['spread']:>8.1%}")
     lines += ["", *(f"{name}: {reason}" for name, reason in result["missing"].items())]
     lines.append("ns, B: of a parameter; ratio: limit over kernel, round by round; spread: half of the quartile range")
     return "\n".join(lines)

@@ -112,21 +112,21 @@ def describe(result: dict[str, Any]) -> str:
         f"{format_bytes(result['size_bytes'])} a pass in requests of {format_bytes(result['request_bytes'])}, medians of "
         f"{result['num_rounds']} rounds; limit: bare preadv/pwritev calls of the same requests, in turn with the engine",
         "",
-        f"{'':7}{'GB/s':>8}{'limit':>8}{'ratio':>8}{'spread':>8}{'CPU s/GB':>10}{'drive request':>15}"
-        f"{'busy Python':>13}{'bare calls':>12}{'short switch':>14}",
+        f"{'':6}{'GB/s':>7}{'limit':>7}{'ratio':>7}{'spread':>8}{'CPU s/GB':>9}{'request':>10}"
+        f"{'busy':>7}{'bare':>7}{'switch':>7}",
     ]
     for mode, row in result["modes"].items():
         request_bytes = row["block_request_bytes"]
         lines.append(
-            f"{mode:7}{row['bytes_per_second'] / 1e9:>8.2f}{row['limit_bytes_per_second'] / 1e9:>8.2f}{row['ratio']:>8.3f}"
-            f"{row['spread']:>8.1%}{row['cpu_seconds_per_gb']:>10.4f}"
-            f"{'unknown' if request_bytes is None else format_bytes(request_bytes):>15}"
-            f"{row['busy_ratio']:>13.3f}{row['busy_limit_ratio']:>12.3f}{row['busy_short_switch_ratio']:>14.3f}"
+            f"{mode:6}{row['bytes_per_second'] / 1e9:>7.2f}{row['limit_bytes_per_second'] / 1e9:>7.2f}{row['ratio']:>7.3f}"
+            f"{row['spread']:>8.1%}{row['cpu_seconds_per_gb']:>9.4f}"
+            f"{'unknown' if request_bytes is None else format_bytes(request_bytes):>10}"
+            f"{row['busy_ratio']:>7.3f}{row['busy_limit_ratio']:>7.3f}{row['busy_short_switch_ratio']:>7.3f}"
         )
     lines += [
         "",
-        "busy Python: the engine's rate over the quiet limit while the main thread runs Python loops; bare calls: the same",
-        f"of the bare loop; short switch: of the engine under sys.setswitchinterval({SHORT_SWITCH_SECONDS})",
+        "request: as the drive gets it; busy: the engine's rate over the quiet limit while the main thread runs Python loops; "
+        f"bare: the same of the bare loop; switch: of the engine under sys.setswitchinterval({SHORT_SWITCH_SECONDS})",
         f"memory copy {result['memory_copy_bytes_per_second'] / 1e9:.2f} GB/s, of which reading reaches "
         f"{result['read_over_memory_copy']:.2f} (a limit for tmpfs only)",
     ]

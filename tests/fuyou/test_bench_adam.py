@@ -62,6 +62,11 @@ def test_what_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     text = adam.describe(result)
     for part in ("1 worker ", "2 workers ", *KERNELS, "torch fused", "triad", "ratio", "DeepSpeedCPUAdam"):
         assert part in text
+    rows = [
+        line for line in text.splitlines() if line.startswith(("1 worker ", "2 workers ", *KERNELS, "torch", "triad"))
+    ]
+    assert len(rows) == 2 * (len(KERNELS) + 3)
+    assert max(map(len, rows)) <= 80
 
 
 @pytest.mark.parametrize("num_workers", [1, 2, 3])

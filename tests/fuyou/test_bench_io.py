@@ -59,6 +59,9 @@ def test_what_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_d
     text = io.describe(result)
     for part in (str(folders[-1]), "read", "write", "mixed", "ratio", "CPU s/GB", "fio: not installed", "8 MiB a pass"):
         assert part in text
+    rows = [line for line in text.splitlines() if line.startswith(("    ", "read  ", "write ", "mixed "))]
+    assert len(rows) == 4
+    assert max(map(len, rows)) <= 80
 
 
 def test_both_contestants_move_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -194,12 +194,18 @@ def test_a_model_without_a_head_is_not_given_a_random_one(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("no/such/folder-here", "local folder"), ("./absent", "no such folder"), ("file", "is a file")],
+    [
+        ("no/such/folder-here", "local folder"),
+        ("./absent", "no such folder"),
+        ("file", "is a file"),
+        ("empty", "no config.json in it; name the folder"),
+    ],
 )
 def test_paths_that_are_no_folder(path: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message says what was tried."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(fuyou.ModelError, match=message):
         fuyou.from_pretrained(path, offload=offload(tmp_path))
 

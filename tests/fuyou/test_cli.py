@@ -99,7 +99,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
         (StoreError("locked"), 1, "error: locked"),
         (NonFiniteUpdateError("NaN"), 1, "error: NaN"),
         (FileNotFoundError(2, "No such file", "/x"), 1, "error: [Errno 2] No such file: '/x'"),
-        (KeyboardInterrupt(), 130, "interrupted"),
+        (KeyboardInterrupt(), 130, "interrupted: nothing was changed"),
         (KeyboardInterrupt("the store stands at step 3"), 130, "interrupted: the store stands at step 3"),
         (MemoryError("2 GiB"), 1, "error: the host's memory is used up (2 GiB): lower offload.host_memory"),
         (TypeError("odd"), 1, "error: unexpected TypeError: odd (this is a defect of fuyou; "
@@ -141,7 +141,7 @@ def test_signals_interrupt_even_if_something_else_is_raised(
     before = signal.getsignal(number)
     monkeypatch.setattr(fuyou, "inspect_store", interrupted)
     assert main(["inspect", "store"]) == 130
-    assert capsys.readouterr().err == "fuyou: interrupted\n"
+    assert capsys.readouterr().err == "fuyou: interrupted: nothing was changed\n"
     assert signal.getsignal(number) is before
 
 
@@ -278,7 +278,7 @@ def test_json_lines_are_strict_json() -> None:
 METRICS = {
     "step": 2, "loss": 1.5, "grad_norm": 2.0, "num_tokens": 1000, "seconds": 0.5, "bytes_read": 2 * 10**9,
     "bytes_written": 10**9, "limiting_lane": "ssd_read", "skipped": None, "peak_gpu_bytes": 0,
-    "peak_host_bytes": 2**20,
+    "peak_host_bytes": 2**20, "committed_step": 1,
 }  # fmt: skip
 LANE_SECONDS = {"gpu": 0.25, "ssd_read": 0.5, "ssd_write": 0.1, "h2d": 0.0}
 START = RunStart(model="m", resumed="new store", plan="the plan", step=0, stop_step=3, max_steps=3, save_steps=None)
@@ -351,6 +351,23 @@ def test_a_live_view_on_a_terminal(width: int) -> None:
     assert "step 3 changed nothing: norm is inf" in text
     assert "held-out loss" in text
     assert text.count("step 3/3") == 4  # drawn after step 3, below two notes, and when the run is over
+    # What is committed by then is in the summary, or in the message of what ended the run.
+    assert "is committed (Ctrl-C stops" not in text.split("step 3/3")[-1]
+    assert text.count("is committed (Ctrl-C stops") >= 3
+
+
+def test_a_terminal_that_cannot_write_over_a_line_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    assert isinstance(make_reporter(Terminal()), TerminalReporter)
+    monkeypatch.setenv("TERM", "dumb")
+    file = Terminal()
+    play(make_reporter(file))
+    assert "\x1b" not in file.getvalue()
+    assert "step 2/3  loss" in file.getvalue()
 
 
 def test_notes_are_wrapped_between_words_right_of_their_label() -> None:

@@ -97,6 +97,7 @@ def test_picture_of_the_lanes() -> None:
     lines = {line.split()[0]: line for line in lanes_picture(step).splitlines()}
     assert set(lines) == {lane for lane, seconds in step.lane_seconds.items() if seconds}
     for lane, line in lines.items():
+        assert len(line) < 80
         cells = line[13 : 13 + PICTURE_WIDTH]
         shaded = sum(SHADES.index(cell) for cell in cells) / 4 / PICTURE_WIDTH
         assert shaded == pytest.approx(step.lane_seconds[lane] / step.seconds, abs=0.13)

@@ -242,6 +242,10 @@ def test_numbers_as_people_write_them(tmp_path: Path) -> None:
     ("text", "part"),
     [
         ("model: {a: 1", "is not valid YAML at line"),
+        (
+            "model:\n\tname_or_path: x\n",
+            "at line 2, column 1: found character '\\t' that cannot start any token; indent with spaces",
+        ),
         ("model: 1\nmodel: 2\n", "the key 'model' is given twice"),
         ("- a\n- b\n", "expected sections (model:, data:, ...), found list"),
         ("", "expected sections (model:, data:, ...), found nothing"),

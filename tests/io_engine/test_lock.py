@@ -44,7 +44,10 @@ def test_another_process_is_told_who_has_it(tmp_path: Path) -> None:
         child = run_child(OPEN, str(tmp_path / "s"))
         assert child.stdout is not None
         assert child.stdout.readline() == "open\n"
-        with pytest.raises(StoreLockedError, match=f"in use by process {child.pid}; .*use another directory"):
+        with pytest.raises(
+            StoreLockedError,
+            match=f"the store in {tmp_path / 's'} is in use by process {child.pid}; .*use another directory",
+        ):
             Store.open(tmp_path / "s", engine=engine)
         assert Store.peek(tmp_path / "s").step == -1  # looking needs no lock
         child.communicate("")
