@@ -34,6 +34,8 @@ NUM_STEPS = 2
 MARGIN = 1.1
 SECONDS = 15.0
 """For a run that should fail: it may wait for memory that never comes."""
+SECONDS_TO_START = 180.0
+"""Until a process has imported and compiled all, which is no part of any run."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,6 +171,7 @@ def serve(connection: Connection, group: str | None) -> None:
     # The planner refuses such plans for good reason.
     planning.check_plan = lambda *_args, **_kwargs: None  # type: ignore[assignment]
     runtime.check_plan = planning.check_plan  # type: ignore[attr-defined]
+    connection.send("ready")
     while True:
         tried, offload, plan = connection.recv()
         try:
@@ -192,6 +195,8 @@ class Server:
             self._connection, theirs = context.Pipe()
             self._process = context.Process(target=serve, args=(theirs, self._group), daemon=True)
             self._process.start()
+            assert self._connection.poll(SECONDS_TO_START)
+            assert self._connection.recv() == "ready"
         self._connection.send((tried, offload, plan))
         with contextlib.suppress(EOFError):  # the kernel has ended it
             if self._connection.poll(SECONDS):
