@@ -45,6 +45,11 @@ def format_bytes(num_bytes: float) -> str:
     return f"{size:.4g} TiB"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things for people: ``"1 row"``, ``"2 rows"``."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def _choice(field: str, value: object, supported: Sequence[object], later: Mapping[object, str]) -> None:
     if value in supported:
         return

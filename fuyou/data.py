@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from fuyou.config import counted
 from fuyou.errors import ConfigError, DataError
 from fuyou.recipe import DataSection
 from fuyou.tokenizing import RowFormat, Tokenizer, choose_format, first_line, quoted, tokenise_row
@@ -209,7 +210,7 @@ def load_data(
     loading.forget_others()
     if stream is None:
         held_out_text = f", {len(evaluation)} held out" if evaluation is not None else ""
-        loading.notes.append(f"{len(train)} rows with {len(train.tokens)} tokens{held_out_text}")
+        loading.notes.append(f"{counted(len(train), 'row')} with {len(train.tokens)} tokens{held_out_text}")
     return DataSet(train, stream, evaluation, tokenizer.pad_id, tuple(loading.notes))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pydantic
 import torch
 
-from fuyou.config import OffloadConfig, parse_bytes
+from fuyou.config import OffloadConfig, counted, parse_bytes
 from fuyou.data import IGNORED_LABEL, TokenRows, collate, load_data
 from fuyou.errors import ConfigError, DataError
 from fuyou.hardware import available_host_bytes
@@ -52,9 +52,9 @@ class Evaluation:
         """For people."""
         return (
             f"completion loss {self.completion_loss:.4f} (perplexity {self.completion_perplexity:.4g}) over "
-            f"{self.num_completion_tokens} tokens\n"
+            f"{counted(self.num_completion_tokens, 'token')}\n"
             f"loss of all tokens {self.loss:.4f} (perplexity {self.perplexity:.4g}) over {self.num_tokens} tokens of "
-            f"{self.num_rows} rows"
+            f"{counted(self.num_rows, 'row')}"
         )
 
 

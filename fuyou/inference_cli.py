@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from fuyou.config import counted
 from fuyou.errors import ConfigError
 from fuyou.terminal import fitted, has_escapes, shown
 
@@ -148,7 +149,8 @@ def generate(options: argparse.Namespace) -> int:
         statistics.bytes_read = runtime.bytes_moved[0] - read_before
     measured = statistics.to_json()
     progress.say(
-        f"{statistics.num_new_tokens} tokens in {statistics.seconds:.3g} s: {measured['tokens_per_second'] or 0:.3g} tokens/s "
+        f"{counted(statistics.num_new_tokens, 'token')} in {statistics.seconds:.3g} s: "
+        f"{measured['tokens_per_second'] or 0:.3g} tokens/s "
         f"(predicted {plan.predicted_tokens_per_second:.3g})"
     )
     if options.json:

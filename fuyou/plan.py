@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Final, Literal, NamedTuple
 
-from fuyou.config import format_bytes
+from fuyou.config import counted, format_bytes
 from fuyou.errors import ConfigError
 from fuyou.html import table
 
@@ -254,9 +254,13 @@ class Plan:
             f"  kept in host   weights of {sum(b.weights_in_host for b in self.blocks)} and states of "
             f"{sum(b.states_in_host for b in self.blocks)} of {len(self.blocks)} blocks",
             f"  updates        of {num_early} blocks in the backward pass, of {num_trainable - num_early} on the way to their next "
-            f"forward pass; {self.num_update_workers} workers",
+            f"forward pass; {counted(self.num_update_workers, 'worker')}",
             f"  durability     {self.durability}"
-            + (f", a commit every {self.commit_every_steps} steps" if self.durability == "checkpoint" else ""),
+            + (
+                f", a commit every {counted(self.commit_every_steps, 'step')}"
+                if self.durability == "checkpoint"
+                else ""
+            ),
         ]
         if self.prediction is not None:
             p = self.prediction

@@ -55,7 +55,9 @@ class PlanReport:
         if self.tokens_per_second:
             lines.append(f"  speed          {self.tokens_per_second:,.0f} tokens/s")
         if self.hours is not None:
-            lines.append(f"  the run        {self.num_steps:,} steps, about {_duration(self.hours)}")
+            lines.append(
+                f"  the run        {self.num_steps:,} step{'s' * (self.num_steps != 1)}, about {_duration(self.hours)}"
+            )
         if self.bytes_written_per_step is not None:
             run = "" if self.bytes_written is None else f", {format_bytes(self.bytes_written)} by the run"
             life = (

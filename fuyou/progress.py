@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from fuyou.config import format_bytes
+from fuyou.config import counted, format_bytes
 from fuyou.live_view import RunView
 from fuyou.metrics import to_json_line
 from fuyou.terminal import shown, wrapped
@@ -319,7 +319,7 @@ def summary_lines(summary: RunSummary) -> list[tuple[str, str]]:
         lines += [
             (
                 "time",
-                f"{duration_text(summary.seconds)} for {summary.num_steps} step{'s' * (summary.num_steps > 1)}, "
+                f"{duration_text(summary.seconds)} for {counted(summary.num_steps, 'step')}, "
                 f"{rate:,.0f} tokens/s, "
                 f"limited by {summary.limiting_lane}",
             ),

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fuyou.checkpointing import prune_checkpoints, step_name
-from fuyou.config import format_bytes
+from fuyou.config import counted, format_bytes
 from fuyou.data import (
     BatchOrder,
     DataSet,
@@ -133,7 +133,7 @@ def expected_shape(recipe: Recipe) -> tuple[StepShape, str]:
         lengths = sample_lengths(recipe.data, _tokenizer_of(recipe), NUM_SAMPLED_ROWS)
         chosen = shuffled(NUM_SAMPLED_STEPS * recipe.rows_per_step, recipe.shuffle_seed) % len(lengths)
         length = float(lengths[chosen].reshape(NUM_SAMPLED_STEPS, recipe.rows_per_step).max(axis=1).mean())
-        source = f"{len(lengths)} rows of the data"
+        source = f"{counted(len(lengths), 'row')} of the data"
     return _shape(recipe, length), source
 
 
@@ -238,7 +238,9 @@ class _Run:
         rows, length = self._data.train, self._recipe.data.max_length
         packs = pack_rows(rows, length)
         share = len(rows.tokens) / (len(packs) * length)
-        self._reporter.note(f"packing: {len(rows)} rows in {len(packs)} of {length} tokens, {share:.0%} full")
+        self._reporter.note(
+            f"packing: {counted(len(rows), 'row')} in {len(packs)} of {length} tokens, {share:.0%} full"
+        )
         return packs
 
     def _batch(self, step: int) -> dict[str, Any]:
@@ -356,7 +358,7 @@ class _Run:
         num_at_once = num_to_come if limit is None else min(num_to_come, limit + 1)
         needed_bytes, free_bytes = num_at_once * store.checkpoint_bytes, store.free_bytes()
         cost = (
-            f"{num_to_come} checkpoints to come, {format_bytes(store.checkpoint_bytes)} each, need "
+            f"{counted(num_to_come, 'checkpoint')} to come, {format_bytes(store.checkpoint_bytes)} each, need "
             f"{format_bytes(needed_bytes)} at once; {format_bytes(free_bytes)} are free"
         )
         if needed_bytes > free_bytes:

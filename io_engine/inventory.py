@@ -95,5 +95,5 @@ def _purpose(directory: int, name: str, committed: Committed, kept: Mapping[int,
                 if any(part[0] == file_index for slot in placed.slots for part in slot)
             ]
             kinds = sorted({extent.rpartition("/")[2] for extent in inside})
-            return f"holds slots of {len(inside)} extents ({', '.join(kinds)})"
+            return f"holds slots of {len(inside)} extent{'s' * (len(inside) != 1)} ({', '.join(kinds)})"
     return f"of an allocation that did not end{LEFTOVER}"

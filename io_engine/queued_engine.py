@@ -72,7 +72,7 @@ class QueuedEngine(ABC):
     def _threads_text(self) -> str:
         with self._lock:
             num_directories = len(self._lanes)
-        text = f"{self._num_threads} threads"
+        text = f"{self._num_threads} thread{'s' * (self._num_threads != 1)}"
         return f"{text} for each of {num_directories} directories" if num_directories > 1 else text
 
     @property

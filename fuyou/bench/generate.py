@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fuyou.bench import MIN_REPEATS, SHAPES, choose, existing_directory, llama, median_ratio, spread, take_turns
 from fuyou.bench.io import NUM_THREADS, Task, bare_calls, open_direct
+from fuyou.config import counted
 from fuyou.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -123,7 +124,8 @@ def describe(result: dict[str, Any]) -> str:
     step_bytes = result["bytes_read_per_token_step"]
     lines = [
         f"rate / limit        {result['ratio']:.3f}   (a bare loop that reads the same bytes)",
-        f"{result['size']} parameters, {result['rows']} texts of {result['prompt_tokens']} + {result['new_tokens']} tokens, "
+        f"{result['size']} parameters, {counted(result['rows'], 'text')} of "
+        f"{result['prompt_tokens']} + {result['new_tokens']} tokens, "
         f"{result['compute_dtype']} on {result['device']}, host_memory {result['host_memory']}",
         f"{result['tokens_per_second']:.3g} tokens/s; a token step reads {step_bytes / 1e6:.0f} MB and takes "
         f"{result['seconds_per_token_step']:.3f} s, limited by {result['limiting_lane']}",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fuyou.bench import MIN_REPEATS, existing_directory, median_ratio, spread, take_turns
+from fuyou.config import counted
 
 if TYPE_CHECKING:
     from io_engine import Engine, Extent, Store, Transfer
@@ -93,7 +94,8 @@ def describe(result: dict[str, Any]) -> str:
     lines = [
         f"ratio to the limit  {result['ratio']:.3f}",
         f"clipping that never triggers: {result['clipping_ratio']:.3f} of a step without",
-        f"{result['num_parameters'] / 1e6:.1f}M parameters, {result['moment_dtype']} moments, {result['num_workers']} workers, "
+        f"{result['num_parameters'] / 1e6:.1f}M parameters, {result['moment_dtype']} moments, "
+        f"{counted(result['num_workers'], 'worker')}, "
         f"{result['bytes_per_parameter']:.2f} B a parameter and step; {result['io']}",
     ]
     for name, text in (

@@ -77,7 +77,7 @@ def test_a_limited_number_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[
     """Those with names of their own are not counted."""
     recipe = write_recipe(tmp_path, training__save_steps=1, training__save_total_limit=2)
     assert main(["train", str(recipe), "--steps", "1"]) == 0
-    assert "1 checkpoints to come" in capsys.readouterr().out
+    assert "1 checkpoint to come" in capsys.readouterr().out
     assert main(["checkpoint", str(tmp_path / "store"), "--name", "mine"]) == 0
     assert train(recipe) == 0
     assert checkpoints(tmp_path) == [("mine", 1), ("step-4", 4), ("step-5", 5)]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import fuyou
-from fuyou.config import OffloadConfig, format_bytes, parse_bytes
+from fuyou.config import OffloadConfig, counted, format_bytes, parse_bytes
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,10 @@ def test_sizes_for_people(num_bytes: int, text: str) -> None:
     assert format_bytes(num_bytes) == text
     if num_bytes:
         assert parse_bytes(text) == num_bytes
+
+
+def test_one_thing_is_singular() -> None:
+    assert [counted(number, "row") for number in (0, 1, 2)] == ["0 rows", "1 row", "2 rows"]
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,7 @@ output: {{dir: {tmp_path / "out"}}}
     assert main(["plan", str(recipe), "--hardware", "h100"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    assert "a step, by 1 rows of the data" in captured.out
+    assert "a step, by 1 row of the data" in captured.out
 
 
 # ----------------------------------------------------------------------------------------------------- Ctrl-C

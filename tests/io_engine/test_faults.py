@@ -93,7 +93,7 @@ def test_a_slow_directory_does_not_hold_up_another(tmp_path: Path, monkeypatch: 
         gate.open()
         for transfer in slow:
             transfer.wait(60)
-        assert engine.reason.endswith("1 threads for each of 2 directories")
+        assert engine.reason.endswith("1 thread for each of 2 directories")
 
 
 @linux_only

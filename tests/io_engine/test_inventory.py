@@ -47,7 +47,7 @@ def test_every_file_is_explained_and_leftovers_go(tmp_path: Path) -> None:
     assert found[f"checkpoint-{made.number}.json"] == "says what is in checkpoint good, step 1"
     assert "cannot be read" in found["checkpoint-7.json"]  # it calls itself by another number
     data = [found[name] for name in sorted(found) if "extents-" in name and "9" not in name]
-    assert set(data) == {"holds slots of 1 extents (state)", "holds slots of 1 extents (weight)"}
+    assert set(data) == {"holds slots of 1 extent (state)", "holds slots of 1 extent (weight)"}
 
 
 def test_damage_names_what_lies_there(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_unaligned_memory_is_refused_with_the_remedy(tmp_path: Path) -> None:
                 move(Extent(str(tmp_path / "data.bin"), 0, PAGE), array)
     with PosixEngine(1, direct=False) as engine:
         engine.write(Extent(str(tmp_path / "data.bin"), 0, PAGE), array).wait()
-        assert engine.reason == "posix: page cache (direct=False), 1 threads"
+        assert engine.reason == "posix: page cache (direct=False), 1 thread"
 
 
 @pytest.mark.parametrize("direct", [False, "auto"])
