@@ -11,6 +11,7 @@ from typing import Any
 
 import xxhash
 
+from fuyou.architecture import differences
 from fuyou.config import OffloadConfig
 from io_engine import Engine, Store, StoreError, StoreSnapshot
 from optim import ShardLayout
@@ -65,7 +66,11 @@ def base_of_run(offload: OffloadConfig, found: StoreSnapshot | None, directory: 
 
 
 def check_base(
-    found: StoreSnapshot, identity: Mapping[str, Any], layouts: Iterable[ShardLayout], model_class: str
+    found: StoreSnapshot,
+    identity: Mapping[str, Any],
+    layouts: Iterable[ShardLayout],
+    config: Mapping[str, Any],
+    model_class: str,
 ) -> None:
     """StoreError unless a filled store can be the base of runs of this model with these numerics."""
     place = found.directories[0]
@@ -74,8 +79,9 @@ def check_base(
     if found.identity.get("fingerprint") != identity["fingerprint"]:
         raise StoreError(
             f"base={place} holds another model ({found.description.get('model', 'unknown')}, "
-            f"{found.description.get('source', '')}), not this {model_class}: name this model's base, or a new directory, which "
-            "is then filled"
+            f"{found.description.get('source', '')}), not this {model_class}"
+            f"{differences(found.description, config, model_class)}: name this model's base, or a new directory, which is then "
+            "filled"
         )
     for field in ("compute_dtype", "frozen_dtype", "moment_dtype"):
         # Stores made before there was a choice name none.

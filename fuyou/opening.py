@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fuyou.adapters import adapter_layouts, host_bytes
+from fuyou.architecture import differences, fingerprint
 from fuyou.base_store import SHARED, base_of_run, check_base, open_base
 from fuyou.blocks import ModelBlocks, find_blocks, meta_model, shape_model
 from fuyou.building import (
@@ -42,7 +43,6 @@ from fuyou.store_contents import (
     DTYPES,
     MOST_LAYERS,
     check_layers,
-    fingerprint,
     jsonable,
     name_contents,
     stored_config,
@@ -390,13 +390,13 @@ def _open(
         "frozen_dtype": offload.frozen_dtype,
     }
     if found is not None:
-        _check_identity(found, identity, type(model).__name__, directories[0])
+        _check_identity(found, identity, jsonable(config.to_dict()), type(model).__name__, directories[0])
     holder = found  # of the weights
     if base_directories is not None:
         holder = Store.peek(base_directories) if Store.exists(base_directories) else None
         if _is_filled(holder):
             assert holder is not None
-            check_base(holder, identity, layouts.values(), type(model).__name__)
+            check_base(holder, identity, layouts.values(), jsonable(config.to_dict()), type(model).__name__)
     if offload.frozen_dtype != "bfloat16":
         layouts |= _quantised(layouts, model, blocks, offload.frozen_dtype, holder)
     # Refused before anything is made on the drive; clipping is not known yet, and needs no more memory.
@@ -619,13 +619,15 @@ def _go_back(store: Store, resume: str | int) -> str:
     return f", restored from its checkpoint {name}; it stood at step {left_step}"
 
 
-def _check_identity(store: StoreSnapshot, identity: dict[str, str], model_class: str, directory: Path) -> None:
+def _check_identity(
+    store: StoreSnapshot, identity: dict[str, str], config: Mapping[str, Any], model_class: str, directory: Path
+) -> None:
     if store.identity.get("fingerprint") != identity["fingerprint"]:
         found = store.description.get("model", "another model") if store.description else "another model"
         source = store.description.get("source", "") if store.description else ""
         raise StoreError(
-            f"{directory} belongs to another model ({found}, {source}), not to this {model_class}: name another directory for "
-            "this run, or open that model"
+            f"{directory} belongs to another model ({found}, {source}), not to this {model_class}"
+            f"{differences(store.description, config, model_class)}: name another directory for this run, or open that model"
         )
     # Stores made before there was a choice of moments, or of frozen weights, name none.
     for field, before in (("compute_dtype", None), ("moment_dtype", "float32"), ("frozen_dtype", "bfloat16")):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 import operator
 import os
@@ -14,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fuyou.architecture import fingerprint
 from fuyou.base_store import recorded_base
 from fuyou.config import OffloadConfig
 from fuyou.html import StoreContents
@@ -87,18 +86,6 @@ def verify_store(store: Directories) -> list[str]:
         if not opened.state.get("filled"):
             problems.append("the store was never filled: run the command that made it again")
         return problems
-
-
-def fingerprint(config: Any, model_class: str) -> str:
-    """Identifies an architecture: a hash of the model's class and config without what does not shape the weights."""
-    data = {
-        k: v
-        for k, v in config.to_dict().items()
-        if k not in ("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "use_cache")
-        and not k.startswith("_")
-    }
-    text = json.dumps({"class": model_class, "config": data}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def stored_config(description: Mapping[str, Any], identity: Mapping[str, Any], directory: Path) -> Any:
