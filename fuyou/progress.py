@@ -63,7 +63,10 @@ class RunSummary:
     seconds: float
     num_tokens: int
     bytes_read: int
+    """From the store's drives, from the model's opening to the end: also what evaluation, the last commit and the export
+    take, which no step counts."""
     bytes_written: int
+    """Likewise; with the weights of a store that this invocation filled."""
     first_loss: float | None
     last_loss: float | None
     eval_loss_before: float | None
@@ -358,7 +361,7 @@ class RunStatistics:
 
     def __init__(self) -> None:
         self.num_steps = 0
-        self.num_tokens = self.bytes_read = self.bytes_written = 0
+        self.num_tokens = 0
         self.seconds = 0.0
         self.peak_gpu_bytes = self.peak_host_bytes = 0
         self.first_loss: float | None = None
@@ -370,8 +373,6 @@ class RunStatistics:
         """One step's line of metrics.jsonl."""
         self.num_steps += 1
         self.num_tokens += metrics.get("num_tokens") or 0
-        self.bytes_read += metrics.get("bytes_read") or 0
-        self.bytes_written += metrics.get("bytes_written") or 0
         self.seconds += metrics.get("seconds") or 0.0
         self.peak_gpu_bytes = max(self.peak_gpu_bytes, metrics.get("peak_gpu_bytes") or 0)
         self.peak_host_bytes = max(self.peak_host_bytes, metrics.get("peak_host_bytes") or 0)
@@ -394,19 +395,20 @@ class RunStatistics:
         max_steps: int,
         eval_loss_before: float | None,
         eval_loss_after: float | None,
+        bytes_moved: tuple[int, int],
         exported_to: Path | None,
         metrics_file: Path,
         store: str,
     ) -> RunSummary:
-        """The closing summary."""
+        """The closing summary; `bytes_moved`: read and written in all."""
         return RunSummary(
             step=step,
             max_steps=max_steps,
             num_steps=self.num_steps,
             seconds=self.seconds,
             num_tokens=self.num_tokens,
-            bytes_read=self.bytes_read,
-            bytes_written=self.bytes_written,
+            bytes_read=bytes_moved[0],
+            bytes_written=bytes_moved[1],
             first_loss=self.first_loss,
             last_loss=self.last_loss,
             eval_loss_before=eval_loss_before,

@@ -314,6 +314,7 @@ class _Run:
             max_steps=target.max_steps,
             eval_loss_before=self._eval_before,
             eval_loss_after=self._eval_after,
+            bytes_moved=self._model.fuyou.bytes_moved,
             exported_to=exported_to,
             metrics_file=metrics_file.path,
             store=os.pathsep.join(str(d) for d in self._recipe.offload_config().store_directories),

@@ -300,8 +300,8 @@ def play(reporter: Reporter) -> RunSummary:
         reporter.step(StepReport(step, 3, metrics, statistics.remaining_seconds(3 - step)))
     reporter.evaluation(3, 1.25)
     summary = statistics.summary(
-        step=3, max_steps=3, eval_loss_before=3.0, eval_loss_after=1.25, exported_to=Path("out/model"),
-        metrics_file=Path("out/metrics.jsonl"), store="store",
+        step=3, max_steps=3, eval_loss_before=3.0, eval_loss_after=1.25, bytes_moved=(6 * 10**9, 10**9),
+        exported_to=Path("out/model"), metrics_file=Path("out/metrics.jsonl"), store="store",
     )  # fmt: skip
     reporter.end(summary)
     reporter.close()
@@ -311,6 +311,7 @@ def play(reporter: Reporter) -> RunSummary:
 def test_statistics_of_a_run() -> None:
     summary = play(QuietReporter())
     assert (summary.num_steps, summary.num_tokens, summary.bytes_read) == (3, 3000, 6 * 10**9)
+    assert summary.bytes_written == 10**9
     assert (summary.first_loss, summary.last_loss, summary.limiting_lane) == (1.75, 1.25, "ssd_read")
     assert summary.finished
     assert RunStatistics().remaining_seconds(5) is None

@@ -69,6 +69,24 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ------------------------------------------------------------------------------------------------ a whole run
 
 
+def test_the_summary_counts_what_is_written_after_the_last_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a run that is committed only when it ends: everything that is trained, once."""
+    recipe = write_recipe(tmp_path)
+    for steps in ("2", "3"):
+        assert main(["train", str(recipe), "--json", "--steps", steps]) == 0
+        events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert sum(event["bytes_written"] for event in events if event["event"] == "step") == 0
+        shards = fuyou.inspect_store(tmp_path / "store")["shards"]
+        kept = sum(shard["weight_bytes"] + shard["state_bytes"] for shard in shards)
+        written = events[-1]["bytes_written"]
+        if steps == "2":  # and both slots' room, beforehand
+            assert written >= kept + fuyou.inspect_store(tmp_path / "store")["size_bytes"]
+        else:
+            assert kept <= written < 1.1 * kept
+
+
 def test_a_run_writes_metrics_recipe_and_a_model_that_transformers_loads(uninterrupted: Path) -> None:
     from transformers import AutoModelForCausalLM
 
