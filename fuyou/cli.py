@@ -17,12 +17,14 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 from logging import ERROR, getLogger
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from fuyou import inference_cli
+from fuyou.config import format_bytes
 from fuyou.errors import ConfigError, FuyouError, PlanError
 from fuyou.terminal import fitted, has_escapes
 
@@ -214,7 +216,6 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _checkpoint(options: argparse.Namespace) -> int:
     from fuyou.checkpointing import keep_checkpoint, remove_checkpoint, restore_checkpoint
-    from fuyou.config import format_bytes
     from fuyou.store_contents import checkpoint_json
 
     store = _directories(options)
@@ -540,7 +541,7 @@ def _print_json(value: Any) -> None:
 
 
 def _outline(value: Any, indent: str = "") -> Iterator[str]:
-    """A JSON value as indented `key: value` lines; objects in a list go by their name, or by their number."""
+    """A JSON object as indented `key: value` lines; objects in a list go by their name, or by their number."""
     for key, inner in value.items() if isinstance(value, dict) else enumerate(value, start=1):
         if isinstance(value, list) and isinstance(inner, dict) and "name" in inner:
             key, inner = inner["name"], {k: v for k, v in inner.items() if k != "name"}
@@ -548,7 +549,19 @@ def _outline(value: Any, indent: str = "") -> Iterator[str]:
             yield f"{indent}{key}:"
             yield from _outline(inner, indent + "  ")
         else:
-            yield f"{indent}{key}: {_flat_text(inner)}"
+            yield f"{indent}{_fact(key, inner)}"
+
+
+def _fact(key: str | int, value: Any) -> str:
+    """A key and its value for people: bytes as sizes, and a moment as date and time here."""
+    if isinstance(key, str) and isinstance(value, int | float):
+        if key.endswith("_bytes"):
+            value = format_bytes(value)
+        elif key == "created_seconds":
+            with contextlib.suppress(OverflowError, ValueError, OSError):  # no moment that there is
+                moment = datetime.fromtimestamp(value).astimezone()
+                return f"created: {moment.isoformat(sep=' ', timespec='seconds')}"
+    return f"{key}: {_flat_text(value)}"
 
 
 def _is_flat(value: Any) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 
 import fuyou
 from fuyou.cli import main
+from fuyou.config import format_bytes
 from io_engine import Store, StoreCorruptError
 from tests.fuyou import tiny_run
 from tests.fuyou.command_line import metrics, same_numbers, train, write_recipe
@@ -71,6 +74,37 @@ def test_steps_are_saved_and_gone_back_to(trained: Path, run: Path, capsys: pyte
 def test_inspect_lists_them(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(run / "store")]) == 0
     assert "step-2:\n    step: 2\n" in capsys.readouterr().out
+
+
+def test_inspect_shows_sizes_and_times_for_people(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """JSON keeps the numbers."""
+    monkeypatch.setenv("TZ", "UTC-5:30")  # east of it
+    time.tzset()
+    try:
+        assert main(["inspect", str(run / "store")]) == 0
+        said = capsys.readouterr().out
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert main(["inspect", str(run / "store"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    checkpoint = found["checkpoints"][0]
+    east = time.gmtime(checkpoint["created_seconds"] + 5.5 * 3600)
+    assert f"    created: {time.strftime('%Y-%m-%d %H:%M:%S', east)}+05:30\n" in said
+    assert f"    num_bytes: {format_bytes(checkpoint['num_bytes'])}\n" in said
+    assert f"\nsize_bytes: {format_bytes(found['size_bytes'])}\n" in said
+    assert not re.search(r"_bytes: \d+$|_seconds: ", said, re.MULTILINE)
+    assert f"num_parameters: {found['num_parameters']}\n" in said
+
+
+def test_inspect_shows_a_time_that_is_none_as_it_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fuyou, "inspect_store", lambda _: {"created_seconds": 1e300, "size_bytes": None})
+    assert main(["inspect", "store"]) == 0
+    assert capsys.readouterr().out == "created_seconds: 1e+300\nsize_bytes: none\n"
 
 
 def test_a_limited_number_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
