@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from fuyou import inference_cli
-from fuyou.config import format_bytes
+from fuyou.config import check_place, format_bytes
 from fuyou.errors import ConfigError, FuyouError, PlanError
 from fuyou.terminal import fitted, has_escapes
 
@@ -247,6 +247,7 @@ def _export(options: argparse.Namespace) -> int:
         raise ConfigError(
             "--merge: merged weights have neither masters nor optimizer states; leave out what asks for them"
         )
+    check_place("OUT", options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"{out} exists and is not an empty folder: name a new one")
     if options.masters and options.format == "dcp":
@@ -323,8 +324,12 @@ def _export_to(out: Path, options: argparse.Namespace) -> int:
 def _trace(options: argparse.Namespace) -> int:
     from fuyou.trace_files import draw, load_traces, perfetto
 
+    out = Path(options.out).expanduser()
+    check_place("the folder of --out", out.parent)
+    if not out.parent.is_dir():
+        raise ConfigError(f"--out {out}: its folder does not exist")
     found = load_traces(Path(options.store).expanduser())
-    steps, out = found["steps"], Path(options.out).expanduser()
+    steps = found["steps"]
     number = options.step if options.step is not None else max(steps)
     if number not in steps:
         raise ConfigError(f"--step {number}: the trace holds the steps {', '.join(map(str, sorted(steps)))}")

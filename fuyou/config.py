@@ -50,6 +50,16 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}{'s' * (number != 1)}"
 
 
+def check_place(option: str, path: str | os.PathLike[str], *parts: str) -> None:
+    """ConfigError if no folder can be made at `path`, or as one of its `parts`: what is there, or above it, is none."""
+    given = Path(path).expanduser()
+    for folder in (given, *(given / part for part in parts)):
+        # Of all above it, the lowest that there is; a link that leads nowhere is in the way, too.
+        place = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), None)
+        if place is not None and not place.is_dir():
+            raise ConfigError(f"{option}={os.fspath(path)}: {place} is no folder: move it, or name another path")
+
+
 def _choice(field: str, value: object, supported: Sequence[object], later: Mapping[object, str]) -> None:
     if value in supported:
         return

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fuyou.building import read_config, resolve_checkpoint
-from fuyou.config import OffloadConfig
+from fuyou.config import OffloadConfig, check_place
 from fuyou.errors import ConfigError, DataError, ModelError
 from fuyou.tokenizing import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from io_engine import Store, StoreError
@@ -170,6 +170,7 @@ def opened(
         else:
             assert source.folder is not None
             parent = source.folder.parent if temporary is None else Path(temporary).expanduser()
+            check_place("--temporary", parent)
             if not parent.is_dir():
                 raise ConfigError(f"--temporary {parent}: no such folder")
             try:

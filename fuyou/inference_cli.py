@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from fuyou.config import counted
+from fuyou.config import check_place, counted
 from fuyou.errors import ConfigError
 from fuyou.terminal import fitted, has_escapes, shown
 
@@ -241,6 +241,7 @@ def _new_file(name: str | None) -> Path | None:
         raise ConfigError(f"--output {name}: name a .jsonl file")
     if path.exists():
         raise ConfigError(f"--output {name}: exists; name a new file")
+    check_place("the folder of --output", path.parent)
     if not path.absolute().parent.is_dir():
         raise ConfigError(f"--output {name}: its folder does not exist")
     return path

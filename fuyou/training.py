@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fuyou.checkpointing import prune_checkpoints, step_name
-from fuyou.config import counted, format_bytes
+from fuyou.config import check_place, counted, format_bytes
 from fuyou.data import (
     BatchOrder,
     DataSet,
@@ -154,6 +154,11 @@ def run_training(
     """
     offload = recipe.offload_config(resume=resume)
     output = Path(recipe.output.dir).expanduser()
+    check_place("output.dir", recipe.output.dir, "rows", *([_export_name(recipe)] if recipe.output.export else ()))
+    for directory in offload.store_directories:
+        check_place("offload.store", directory)
+    for directory in offload.base_directories:
+        check_place("offload.base", directory)
     if recipe.output.export:
         _check_export_folder(output / _export_name(recipe))
     try:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 import fuyou
-from fuyou.config import OffloadConfig, counted, format_bytes, parse_bytes
+from fuyou.config import OffloadConfig, check_place, counted, format_bytes, parse_bytes
+from fuyou.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -97,3 +98,17 @@ def test_unknown_fields_and_changes_are_refused() -> None:
         OffloadConfig(store="x", host_memroy="1GiB")  # type: ignore[call-arg]
     with pytest.raises(AttributeError):
         OffloadConfig(store="x").store = "y"  # type: ignore[misc]
+
+
+def test_a_folder_can_be_made_unless_something_is_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "rows").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    check_place("a", tmp_path / "new" / "folder", "rows")
+    check_place("a", tmp_path / "out", "model")
+    check_place("a", "relative/folder")
+    for path, blocking in (("file", "file"), ("file/x/y", "file"), ("out", "out/rows"), ("link/x", "link")):
+        with pytest.raises(ConfigError) as caught:
+            check_place("output.dir", tmp_path / path, "rows")
+        assert str(caught.value).startswith(f"output.dir={tmp_path / path}: {tmp_path / blocking} is no folder")

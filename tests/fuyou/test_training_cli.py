@@ -391,6 +391,46 @@ def test_missing_and_corrupt_safetensors(
     assert train(pretrained(tmp_path, broken), "--steps", "1") == 0
 
 
+@pytest.mark.parametrize(
+    ("option", "path"),
+    [
+        ("output.dir", "file/out"),
+        ("output.dir", "file"),
+        ("offload.store", "file/store"),
+        ("offload.store", "file"),
+        ("offload.base", "file/base"),
+    ],
+)
+def test_a_file_in_the_way_is_named_before_any_work(
+    option: str, path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    recipe = write_recipe(tmp_path, lora__r=2) if option == "offload.base" else write_recipe(tmp_path)
+    assert main(["train", str(recipe), "--set", f"{option}={tmp_path / path}"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"fuyou: error: {option}={tmp_path / path}: {tmp_path / 'file'} is no folder: ")
+    assert {found.name for found in tmp_path.iterdir()} == {"file", "recipe.yaml", "rows.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["export", "store", "{}/file/x"], "OUT={}/file/x"),
+        (["trace", "store", "--out", "{}/file/x.json"], "the folder of --out={}/file"),
+        (["generate", "store", "--prompt", "a", "--output", "{}/file/x/y.jsonl"], "the folder of --output={}/file/x"),
+    ],
+)
+def test_a_file_in_the_way_of_a_command(
+    arguments: list[str], option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Said before the store is looked at, which is none."""
+    (tmp_path / "file").write_text("mine")
+    assert main([argument.format(tmp_path) for argument in arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"fuyou: error: {option.format(tmp_path)}: {tmp_path / 'file'} is no folder: ")
+
+
 def test_no_such_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, message = refused(capsys, pretrained(tmp_path, tmp_path / "nowhere"))
     assert code == 1
@@ -438,7 +478,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
 def test_a_path_that_is_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     code, message = refused(capsys, write_recipe(tmp_path, offload__store=str(tmp_path / "file" / "store")))
-    assert code == 1
+    assert code == 2
     assert str(tmp_path / "file") in message
 
 
