@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from fuyou.building import read_config, resolve_checkpoint
 from fuyou.config import OffloadConfig, check_place
 from fuyou.errors import ConfigError, DataError, ModelError
+from fuyou.temporary import temporary_folder
 from fuyou.tokenizing import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, load_tokenizer
 from io_engine import Store, StoreError
 
@@ -174,12 +174,11 @@ def opened(
             if not parent.is_dir():
                 raise ConfigError(f"--temporary {parent}: no such folder")
             try:
-                copied = tempfile.mkdtemp(prefix="fuyou-temporary-", dir=parent)
+                copied = stack.enter_context(temporary_folder(parent))
             except OSError as error:
                 raise ConfigError(
                     f"a copy of the weights cannot be made in {parent} ({error.strerror}): name another folder with --temporary"
                 ) from None
-            stack.callback(shutil.rmtree, copied, ignore_errors=True)
             offload = OffloadConfig(store=copied, compute_dtype=source.compute_dtype, **options)  # type: ignore[arg-type]
             model = fuyou.from_pretrained(source.folder, offload=offload, trainable=())
         stack.enter_context(model.fuyou)
