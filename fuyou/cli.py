@@ -173,19 +173,22 @@ def _simulate(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    import datasets
-
     from fuyou.progress import make_reporter
     from fuyou.recipe import load_recipe
-    from fuyou.training import run_training
 
-    datasets.disable_progress_bars()
     moved = [] if options.store is None else [f"offload.store={json.dumps(options.store)}"]
     recipe = load_recipe(options.recipe, [*options.set, *moved])
     reporter = make_reporter(
         sys.stdout, quiet=options.quiet, as_json=options.json, logging_steps=recipe.training.logging_steps
     )
     with contextlib.closing(reporter):
+        # Takes seconds; what is wrong with a recipe by itself was said before.
+        reporter.note("loading torch and transformers")
+        import datasets
+
+        from fuyou.training import run_training
+
+        datasets.disable_progress_bars()
         run_training(recipe, reporter, num_steps=options.steps, resume=options.resume)
     return EXIT_DONE
 

@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -391,6 +393,36 @@ def test_missing_and_corrupt_safetensors(
     assert train(pretrained(tmp_path, broken), "--steps", "1") == 0
 
 
+_SAID_WITHOUT_TORCH = """
+import os, sys
+from fuyou.cli import main
+from fuyou.progress import LineReporter
+
+def note(reporter, text):
+    print(text, "torch" in sys.modules, flush=True)
+    os._exit(0)
+
+LineReporter.note = note
+assert main(["train", sys.argv[1], "--set", "training.max_step=3"]) == 2
+assert "torch" not in sys.modules
+main(["train", sys.argv[1]])
+"""
+
+
+def test_something_is_said_before_the_libraries_are_loaded(tmp_path: Path) -> None:
+    """What is wrong with a recipe, too."""
+    found = subprocess.run(
+        [sys.executable, "-c", _SAID_WITHOUT_TORCH, str(write_recipe(tmp_path))],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert found.stdout == "loading torch and transformers False\n"
+    assert "max_step" in found.stderr
+
+
 @pytest.mark.parametrize(
     ("option", "path"),
     [
@@ -408,7 +440,7 @@ def test_a_file_in_the_way_is_named_before_any_work(
     recipe = write_recipe(tmp_path, lora__r=2) if option == "offload.base" else write_recipe(tmp_path)
     assert main(["train", str(recipe), "--set", f"{option}={tmp_path / path}"]) == 2
     captured = capsys.readouterr()
-    assert captured.out == ""
+    assert captured.out == "loading torch and transformers\n"
     assert captured.err.startswith(f"fuyou: error: {option}={tmp_path / path}: {tmp_path / 'file'} is no folder: ")
     assert {found.name for found in tmp_path.iterdir()} == {"file", "recipe.yaml", "rows.jsonl"}
 
