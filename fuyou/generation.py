@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fuyou.config import OffloadConfig, parse_bytes
+from fuyou.decode_rates import DecodeRates
 from fuyou.errors import ConfigError, DataError
 from fuyou.generation_plan import Demand, GenerationPlan, Machine, cache_shape, make_generation_plan
 from fuyou.inference import Source
@@ -199,6 +200,8 @@ def plan_generation(
         blocks = find_blocks(model, source.blocks_path)
         layouts = shard_layouts(blocks, model, source.compute_dtype, "float32")
         vocabulary_size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        matrices = _layer_matrices(model, blocks)
+    cache = cache_shape(source.config, dtype.itemsize)
     hardware = cached_hardware(offload.store_directories, device, source.compute_dtype)
     if hardware is None:
         say("measuring this machine and its drive once")
@@ -208,15 +211,18 @@ def plan_generation(
         if offload.host_memory is None
         else parse_bytes(offload.host_memory, "host_memory")
     )
+    gpu_bytes = gpu_memory_bytes(offload, device)
+    rates = DecodeRates(matrices, cache.heads, dtype, device, host_bytes if gpu_bytes is None else gpu_bytes)
     machine = Machine(
         hardware=hardware,
         host_memory_bytes=host_bytes,
-        gpu_memory_bytes=gpu_memory_bytes(offload, device),
-        weight_bytes_per_second=_measured_rate(dtype, device),
+        gpu_memory_bytes=gpu_bytes,
+        weight_bytes_per_second=rates.weight_bytes_per_second,
+        cache_seconds=rates.cache_seconds,
     )
     return make_generation_plan(
         shard_sizes(blocks, layouts, lambda _name: False),
-        cache_shape(source.config, dtype.itemsize),
+        cache,
         demand,
         machine,
         vocabulary_size=vocabulary_size,
@@ -225,29 +231,10 @@ def plan_generation(
     )
 
 
-def _measured_rate(dtype: torch.dtype, device: str) -> Callable[[int], float]:
-    """Bytes per second of weights that a few rows are multiplied with: matrices too many for the processor's caches."""
-    size, count = (1024, 16) if device == "cpu" else (4096, 16)
-    weights: list[torch.Tensor] = []
-    known: dict[int, float] = {}
-
-    def rate(rows: int) -> float:
-        if rows not in known:
-            if not weights:
-                weights.extend(torch.ones((size, size), dtype=dtype, device=device) for _ in range(count))
-            hidden = torch.ones((rows, size), dtype=dtype, device=device)
-            best = float("inf")
-            for _ in range(3):
-                started = time.perf_counter()
-                for weight in weights:
-                    torch.nn.functional.linear(hidden, weight)
-                if device != "cpu":
-                    torch.cuda.synchronize(device)
-                best = min(best, time.perf_counter() - started)
-            known[rows] = count * weights[0].nbytes / best
-        return known[rows]
-
-    return rate
+def _layer_matrices(model: Any, blocks: Any) -> list[tuple[int, int]]:
+    """Shapes (outputs, inputs) of what the first decoder layer multiplies with; of experts' one each."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return [shapes[name][-2:] for name in blocks.layers[0].parameters if len(shapes[name]) >= 2]
 
 
 # ---------------------------------------------------------------------------------------------------- generating

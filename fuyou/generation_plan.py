@@ -13,9 +13,10 @@ from typing import Any, Literal
 from fuyou.config import format_bytes
 from fuyou.errors import ConfigError, PlanError
 from fuyou.hardware import HardwareProfile
-from fuyou.plan import Plan
+from fuyou.plan import BlockPlan, Plan
 from fuyou.plan_search import LEAST_GAIN
 from fuyou.planner import MEBIBYTE, ShardSize, least_memory, make_plan
+from fuyou.simulator import Task, compute_seconds, lane_speeds, multiplied_parameters, play
 
 FLOAT32_BYTES = 4
 LOGIT_COPIES = 4
@@ -31,6 +32,8 @@ class CacheShape:
     layer_bytes_per_token: int
     windows: tuple[int | None, ...]
     """For each layer, the tokens that it keeps at most; None: all."""
+    heads: tuple[int, int, int] = (1, 1, 1)
+    """Of queries, of keys and values, and the width of each."""
 
     def row_bytes(self, num_tokens: int) -> int:
         """Of all layers, for one text of so many tokens."""
@@ -50,7 +53,7 @@ def cache_shape(config: Any, itemsize: int) -> CacheShape:
     kinds = getattr(text, "layer_types", None) or ["full_attention"] * num_layers
     window = getattr(text, "sliding_window", None)
     windows = tuple(window if "sliding" in kind else None for kind in kinds)
-    return CacheShape(2 * kv_heads * head_dim * itemsize, windows)
+    return CacheShape(2 * kv_heads * head_dim * itemsize, windows, (heads, kv_heads, head_dim))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +88,9 @@ class GenerationPlan:
     """The rest of the budget, which is planned for weights as in training."""
     read_bytes_per_token_step: int
     predicted_prefill_seconds: float
-    """Of the first batch."""
+    """Of the first batch, with which weights come in that stay in memory."""
+    predicted_later_prefill_seconds: float
+    """Of any other."""
     predicted_seconds_per_token_step: float
     predicted_tokens_per_second: float
     """Of new tokens, prompts included in the time."""
@@ -113,6 +118,22 @@ class GenerationPlan:
 
 
 @dataclasses.dataclass(frozen=True)
+class Room:
+    """The memory that there is."""
+
+    device: str
+    num_cores: int
+    host_memory_bytes: int
+    gpu_memory_bytes: int | None
+    """None where the host computes."""
+
+    @property
+    def on_host(self) -> bool:
+        """Whether host memory holds what is computed with."""
+        return self.device == "cpu"
+
+
+@dataclasses.dataclass(frozen=True)
 class Machine:
     """What limits generation here."""
 
@@ -122,11 +143,40 @@ class Machine:
     """None where the host computes."""
     weight_bytes_per_second: Callable[[int], float]
     """Weights multiplied with so many tokens at once, on the device; measured."""
+    cache_seconds: Callable[[int, int], float] = lambda _rows, _tokens: 0.0
+    """What one layer's cache costs in a token step, of so many texts and tokens of each: to grow and to be read; measured."""
 
     @property
-    def on_host(self) -> bool:
-        """Whether host memory holds what is computed with."""
-        return self.hardware.device == "cpu"
+    def room(self) -> Room:
+        """Its memory."""
+        return Room(self.hardware.device, self.hardware.num_cores, self.host_memory_bytes, self.gpu_memory_bytes)
+
+
+@dataclasses.dataclass(frozen=True)
+class Wording:
+    """How a refusal names what can be changed."""
+
+    new_tokens: str
+    fewer_texts: str
+    host_memory: str
+
+
+COMMAND = Wording("--max-new-tokens to {}", "take a smaller --batch-size", '--host-memory "{}MiB"')
+CALL = Wording("max_new_tokens={}", "give fewer texts (or beams) at once", 'OffloadConfig(host_memory="{}MiB")')
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """How a batch finds room."""
+
+    micro_batch_size: int
+    cache_tier: Literal["device", "host"]
+    cache_bytes: int
+    reserve_bytes: int
+    weights: Plan
+    """Of what the reserve leaves of host memory."""
+    reason: str
+    """For the tier."""
 
 
 class _Model:
@@ -139,7 +189,16 @@ class _Model:
         # Twice: a product's outputs and what is made of them next.
         self.layer_bytes_per_token = 2 * max((shard.activation_bytes_per_token for shard in layers), default=0)
         self.weight_bytes = sum(shard.weight_bytes for shard in shards)
-        self.num_multiplied = sum(shard.num_parameters - shard.num_idle_parameters for shard in shards)
+        self.by_name = {shard.name: shard for shard in shards}
+
+    def multiplied_bytes(self, name: str, rows: int) -> int:
+        """Of a block's weights, those that a token of each text is multiplied with: rows of an embedding are looked up."""
+        shard = self.by_name[name]
+        if shard.kind == "prologue":
+            return 0
+        # One token meets few of the experts, those of several may meet all.
+        idle = shard.num_idle_parameters if rows == 1 else 0
+        return shard.weight_bytes * (shard.num_parameters - idle) // max(1, shard.num_parameters) + shard.borrowed_bytes
 
     def cache_bytes(self, rows: int, context: int) -> int:
         # One more layer: a layer's cache grows by being copied.
@@ -166,14 +225,14 @@ def make_generation_plan(
     PlanError says how many tokens fit where these do not.
     """
     model = _Model(shards, cache, vocabulary_size, 2 if compute_dtype == "bfloat16" else 4)
-
-    def candidate(rows: int, context_of: Demand) -> GenerationPlan | None:
-        return _candidate(model, context_of, machine, rows, compute_dtype)
-
     sizes = [batch_size] if batch_size is not None else _powers(demand.num_texts)
-    found = [plan for rows in sizes if (plan := candidate(min(rows, demand.num_texts), demand)) is not None]
+    found = [
+        _predicted(model, demand, machine, rows, fit)
+        for size in sizes
+        if (fit := _fit(model, demand, machine.room, rows := min(size, demand.num_texts), compute_dtype)) is not None
+    ]
     if not found:
-        raise _does_not_fit(model, demand, machine, sizes[0], lambda d: candidate(sizes[0], d) is not None)
+        raise _does_not_fit(model, demand, machine.room, sizes[0], compute_dtype, COMMAND)
     fastest = max(plan.predicted_tokens_per_second for plan in found)
     # Fewer batches are also fewer prompts to be read: of what is about as fast, the largest.
     best = [plan for plan in found if plan.predicted_tokens_per_second >= fastest * (1 - LEAST_GAIN)][-1]
@@ -188,6 +247,27 @@ def make_generation_plan(
     return dataclasses.replace(best, reasons={**best.reasons, "batch_size": reason})
 
 
+def fit_generation(
+    shards: Sequence[ShardSize],
+    cache: CacheShape,
+    demand: Demand,
+    room: Room,
+    *,
+    vocabulary_size: int,
+    compute_dtype: str,
+    cache_tier: Literal["device", "host"] | None = None,
+) -> Fit:
+    """Where all texts of the demand find room at once, for a call from Python: as `make_generation_plan`, nothing predicted.
+
+    `cache_tier`: where the caller wants the cache, who has said so.
+    """
+    model = _Model(shards, cache, vocabulary_size, 2 if compute_dtype == "bfloat16" else 4)
+    fit = _fit(model, demand, room, demand.num_texts, compute_dtype, cache_tier)
+    if fit is None:
+        raise _does_not_fit(model, demand, room, demand.num_texts, compute_dtype, CALL, cache_tier)
+    return fit
+
+
 def _powers(most: int) -> list[int]:
     """1, 2, 4, ... and `most` itself."""
     sizes = [1]
@@ -196,97 +276,177 @@ def _powers(most: int) -> list[int]:
     return [*sizes, most] if most > 1 else sizes
 
 
-def _candidate(model: _Model, demand: Demand, machine: Machine, rows: int, compute_dtype: str) -> GenerationPlan | None:
-    """The plan for batches of so many rows; None if it does not fit."""
+def _fit(
+    model: _Model,
+    demand: Demand,
+    room: Room,
+    rows: int,
+    compute_dtype: str,
+    wanted: Literal["device", "host"] | None = None,
+) -> Fit | None:
+    """How batches of so many rows find room; None if they do not."""
     micro_batch = max(1, min(rows, MAX_PREFILL_TOKENS // max(1, demand.prompt_tokens)))
     cache_bytes = model.cache_bytes(rows, demand.context)
     while True:
         beside = model.beside_bytes(rows, micro_batch, demand.prompt_tokens)
         tier: Literal["device", "host"] = "device"
-        reserve = cache_bytes + beside if machine.on_host else 0
+        reserve = cache_bytes + beside if room.on_host else 0
         reason = "beside what computes with them"
-        if machine.gpu_memory_bytes is not None:
-            free = machine.gpu_memory_bytes - least_memory(model.shards).device - beside
-            if free < cache_bytes:
+        fits = True
+        if room.gpu_memory_bytes is not None:
+            free = room.gpu_memory_bytes - least_memory(model.shards).device - beside
+            if wanted == "host" or (wanted is None and free < cache_bytes):
                 tier, reserve = "host", cache_bytes
                 reason = f"gpu_memory leaves {format_bytes(max(0, free))} beside weights and hidden states"
                 # Two layers' of it are on the device at a time: one in use, one on its way in.
-                free -= 2 * cache_bytes // max(1, len(model.cache.windows))
-            if free < 0:
-                if micro_batch == 1:
-                    return None
-                micro_batch = (micro_batch + 1) // 2
-                continue
-        weights = _weights_plan(model, machine, compute_dtype, machine.host_memory_bytes - reserve)
-        if weights is not None:
-            break
+                fits = free >= 2 * cache_bytes // max(1, len(model.cache.windows))
+            else:
+                fits = free >= cache_bytes
+        if fits:
+            weights = _weights_plan(model, room, compute_dtype, room.host_memory_bytes - reserve)
+            if weights is not None:
+                return Fit(micro_batch, tier, cache_bytes, reserve, weights, reason)
         if micro_batch == 1:
             return None
         micro_batch = (micro_batch + 1) // 2
-    read = sum(b.weight_bytes for b in weights.blocks if not b.weights_in_host)
-    seconds, prefill, lane = _seconds(model, demand, machine, rows, read, cache_bytes if tier == "host" else 0)
-    # Weights that stay in memory come in with the first batch.
-    first = max(prefill, model.weight_bytes / machine.hardware.read_bytes_per_second)
-    batches = -(-demand.num_texts // rows)
-    new_tokens = demand.num_texts * demand.new_tokens
-    total = first + (batches - 1) * prefill + batches * max(0, demand.new_tokens - 1) * seconds
-    return GenerationPlan(
-        batch_size=rows,
-        micro_batch_size=micro_batch,
-        cache_tier=tier,
-        cache_bytes=cache_bytes,
-        reserve_bytes=reserve,
-        weights_host_bytes=machine.host_memory_bytes - reserve,
-        read_bytes_per_token_step=read,
-        predicted_prefill_seconds=first,
-        predicted_seconds_per_token_step=seconds,
-        predicted_tokens_per_second=new_tokens / total,
-        limiting_lane=lane,
-        reasons={"cache": reason},
-    )
 
 
-def _weights_plan(model: _Model, machine: Machine, compute_dtype: str, host_memory_bytes: int) -> Plan | None:
+def _weights_plan(model: _Model, room: Room, compute_dtype: str, host_memory_bytes: int) -> Plan | None:
     if host_memory_bytes <= 0:
         return None
     try:
         return make_plan(
             model.shards,
-            device=machine.hardware.device,
+            device=room.device,
             compute_dtype=compute_dtype,
             moment_dtype="float32",
             host_memory_bytes=host_memory_bytes,
             host_memory_reason="",
-            gpu_memory_bytes=machine.gpu_memory_bytes,
+            gpu_memory_bytes=room.gpu_memory_bytes,
             micro_batch_size=None,
             clipping=False,
-            num_cores=machine.hardware.num_cores,
+            num_cores=room.num_cores,
         )
     except PlanError:
         return None
 
 
-def _seconds(
-    model: _Model, demand: Demand, machine: Machine, rows: int, read_bytes: int, moved_cache_bytes: int
-) -> tuple[float, float, str]:
-    """Of a token step and of the prompts' pass, and the lane that limits the former: lanes work side by side."""
-    hardware = machine.hardware
-    step = {
-        "ssd_read": read_bytes / hardware.read_bytes_per_second,
-        "gpu": len(model.shards) * hardware.seconds_per_block
-        + model.weight_bytes / machine.weight_bytes_per_second(rows),
+def _predicted(model: _Model, demand: Demand, machine: Machine, rows: int, fit: Fit) -> GenerationPlan:
+    """The plan for such batches, with how long they will take."""
+    moved_cache_bytes = fit.cache_bytes if fit.cache_tier == "host" else 0
+    # The cache grows: in the middle it has the mean of what it costs.
+    tokens = demand.prompt_tokens + demand.new_tokens // 2
+    step = _token_seconds(model, machine, rows, tokens)
+    prompts = _prompt_seconds(model, demand, machine, rows, fit, step)
+    seconds, lane = _pass_seconds(fit.weights, machine, step, moved_cache_bytes)
+    prefill, _ = _pass_seconds(fit.weights, machine, prompts, 0)
+    read = sum(b.weight_bytes for b in fit.weights.blocks if not b.weights_in_host)
+    kept = sum(b.weight_bytes for b in fit.weights.blocks if b.weights_in_host)
+    # Beside the first prompts' pass, which waits for each block of them.
+    first = max(prefill, (read + kept) / machine.hardware.read_bytes_per_second)
+    batches = -(-demand.num_texts // rows)
+    new_tokens = demand.num_texts * demand.new_tokens
+    total = first + (batches - 1) * prefill + batches * max(0, demand.new_tokens - 1) * seconds
+    return GenerationPlan(
+        batch_size=rows,
+        micro_batch_size=fit.micro_batch_size,
+        cache_tier=fit.cache_tier,
+        cache_bytes=fit.cache_bytes,
+        reserve_bytes=fit.reserve_bytes,
+        weights_host_bytes=machine.host_memory_bytes - fit.reserve_bytes,
+        read_bytes_per_token_step=read,
+        predicted_prefill_seconds=first,
+        predicted_later_prefill_seconds=prefill,
+        predicted_seconds_per_token_step=seconds,
+        predicted_tokens_per_second=new_tokens / total,
+        limiting_lane=lane,
+        reasons={"cache": fit.reason},
+    )
+
+
+def _token_seconds(model: _Model, machine: Machine, rows: int, tokens: int) -> dict[str, float]:
+    """By block, of compute with one token of each text, behind so many others."""
+    rate = machine.weight_bytes_per_second(rows)
+    found = {
+        shard.name: machine.hardware.seconds_per_block + model.multiplied_bytes(shard.name, rows) / rate
+        for shard in model.shards
     }
-    if hardware.link_bytes_per_second:
-        step["h2d"] = (model.weight_bytes + moved_cache_bytes) / hardware.link_bytes_per_second
-    flops = 2.0 * model.num_multiplied * rows * demand.prompt_tokens
-    prefill = max(*(s for lane, s in step.items()), flops / hardware.compute_flops_per_second)
-    lane = max(step, key=lambda name: step[name])
-    return step[lane], prefill, lane
+    layers = [shard.name for shard in model.shards if shard.kind == "layer"]
+    for name, window in zip(layers, model.cache.windows, strict=False):
+        found[name] += machine.cache_seconds(rows, min(tokens, window or tokens))
+    return found
+
+
+def _prompt_seconds(
+    model: _Model, demand: Demand, machine: Machine, rows: int, fit: Fit, step: Mapping[str, float]
+) -> dict[str, float]:
+    """By block, of compute with all prompts; of the head with one token of each, since no other's logits are wanted."""
+    hardware = machine.hardware
+    multiplied = multiplied_parameters(fit.weights.blocks, demand.prompt_tokens)
+    parts = [fit.micro_batch_size] * (rows // fit.micro_batch_size)
+    parts += [rows % fit.micro_batch_size] if rows % fit.micro_batch_size else []
+
+    def layer(name: str) -> float:
+        return sum(
+            compute_seconds(hardware, multiplied[name], part * demand.prompt_tokens, what="forward") for part in parts
+        )
+
+    return {b.name: max(step[b.name], layer(b.name) if b.kind == "layer" else 0.0) for b in fit.weights.blocks}
+
+
+def _pass_seconds(
+    weights: Plan, machine: Machine, compute: Mapping[str, float], moved_cache_bytes: int
+) -> tuple[float, str]:
+    """Of one of many passes over the weights, played with the first blocks of the next read ahead, and its busiest lane."""
+    hardware, blocks = machine.hardware, weights.blocks
+    num_layers = max(1, sum(block.kind == "layer" for block in blocks))
+    tasks: list[Task] = []
+    computed: list[int] = []
+    computed_reads: list[int] = []
+
+    def add(lane: str, block: BlockPlan, seconds: float, after: Sequence[int]) -> int:
+        tasks.append(Task(lane, block.name, seconds, tuple(dict.fromkeys(after))))
+        return len(tasks) - 1
+
+    def ahead(of: Sequence[int]) -> list[int]:
+        return [of[-1 - weights.prefetch_depth]] if len(of) > weights.prefetch_depth else []
+
+    ends = []
+    for _ in range(3):
+        for block in blocks:
+            came: list[int] = []
+            if not block.weights_in_host:
+                seconds = block.weight_bytes / hardware.read_bytes_per_second
+                came = [add("ssd_read", block, seconds, ahead(computed_reads))]
+            if hardware.link_bytes_per_second:
+                moved = block.weight_bytes + (moved_cache_bytes // num_layers if block.kind == "layer" else 0)
+                came = [add("h2d", block, moved / hardware.link_bytes_per_second, came + ahead(computed))]
+            computed.append(add("gpu", block, compute[block.name], [*computed[-1:], *came]))
+            if not block.weights_in_host:
+                computed_reads.append(computed[-1])
+        ends.append(computed[-1])
+    layer_size = max((block.num_parameters for block in blocks if block.kind == "layer"), default=0)
+    spans = play(tasks, lane_speeds(hardware, layer_size))
+    lanes: dict[str, float] = {}
+    for task in tasks[ends[1] + 1 :]:  # of the third pass
+        lanes[task.lane] = lanes.get(task.lane, 0.0) + task.seconds
+    lane = max(lanes, key=lambda lane: lanes[lane])
+    # What was read ahead in the beginning is used up only slowly where two lanes are about as fast.
+    return max(lanes[lane], spans[ends[2]].ended_seconds - spans[ends[1]].ended_seconds), lane
 
 
 def _does_not_fit(
-    model: _Model, demand: Demand, machine: Machine, rows: int, fits: Callable[[Demand], bool]
+    model: _Model,
+    demand: Demand,
+    room: Room,
+    rows: int,
+    compute_dtype: str,
+    wording: Wording,
+    wanted: Literal["device", "host"] | None = None,
 ) -> PlanError:
+    def fits(changed: Demand) -> bool:
+        return _fit(model, changed, room, rows, compute_dtype, wanted) is not None
+
     def fitting(low: int, high: int, change: Callable[[int], Demand]) -> int:
         """The largest value from `low` on that fits, below `high`; low - 1 if none does."""
         low -= 1
@@ -295,18 +455,18 @@ def _does_not_fit(
             low, high = (middle, high) if fits(change(middle)) else (low, middle)
         return low
 
-    budget = f"host_memory = {format_bytes(machine.host_memory_bytes)}"
-    if machine.gpu_memory_bytes is not None:
-        budget += f" and gpu_memory = {format_bytes(machine.gpu_memory_bytes)}"
+    budget = f"host_memory = {format_bytes(room.host_memory_bytes)}"
+    if room.gpu_memory_bytes is not None:
+        budget += f" and gpu_memory = {format_bytes(room.gpu_memory_bytes)}"
     needed = model.cache_bytes(rows, demand.context) + model.beside_bytes(rows, 1, demand.prompt_tokens)
-    whole = least_memory(model.shards).host_memory_bytes + (needed if machine.on_host else 0)
+    whole = least_memory(model.shards).host_memory_bytes + (needed if room.on_host else 0)
     text = (
         f"{rows} {'text' if rows == 1 else 'texts'} of {demand.context} tokens (prompt {demand.prompt_tokens}, new "
         f"{demand.new_tokens}) need {format_bytes(needed)} beside the weights, more than {budget} leaves. "
     )
     most = fitting(1, demand.new_tokens, lambda n: dataclasses.replace(demand, new_tokens=n))
     if most >= 1:
-        text += f"{demand.prompt_tokens + most} tokens fit: set --max-new-tokens to {most} or less"
+        text += f"{demand.prompt_tokens + most} tokens fit: set {wording.new_tokens.format(most)} or less"
     else:
         prompt = fitting(1, demand.prompt_tokens, lambda n: dataclasses.replace(demand, prompt_tokens=n, new_tokens=1))
         if prompt < 1:
@@ -314,5 +474,5 @@ def _does_not_fit(
         else:
             text += f"{prompt + 1} tokens fit: shorten the prompt to {prompt} tokens"
     if rows > 1:
-        text += ", take a smaller --batch-size"
-    return PlanError(f'{text}, or give --host-memory "{-(-whole * 6 // 5 // MEBIBYTE)}MiB" or more')
+        text += f", {wording.fewer_texts}"
+    return PlanError(f"{text}, or give {wording.host_memory.format(-(-whole * 6 // 5 // MEBIBYTE))} or more")

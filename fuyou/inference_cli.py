@@ -121,7 +121,7 @@ def generate(options: argparse.Namespace) -> int:
             )
         )
         runtime = model.fuyou
-        runtime.prefill_micro_batch_size = plan.micro_batch_size
+        runtime.follow_generation_plan(plan)
         file = None
         if out is not None:
             file = stack.enter_context(out.open("x", encoding="utf-8"))

@@ -9,7 +9,7 @@ import inspect
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -53,6 +53,8 @@ from fuyou.executor.record import ForwardRecord, Output
 from fuyou.executor.step import StepExecutor
 from fuyou.executor.weights import WeightStream
 from fuyou.exporting import NamesOnly, ReadBlock, compare_state_dict, export_checkpoint
+from fuyou.generate_calls import plan_calls
+from fuyou.generation_plan import CacheShape, Demand, Fit, GenerationPlan, Room, fit_generation
 from fuyou.hardware import available_host_bytes, cached_hardware, keep_refinement, num_cores
 from fuyou.memory import MemoryMeter
 from fuyou.merging import merged_blocks, restore_adapters
@@ -125,7 +127,9 @@ class Runtime:
         self.checkpoint_to_load: str | None = None
         """A checkpoint of the store's to which `model.load_state_dict` goes back first: the weights it will be given."""
         self.prefill_micro_batch_size: int | None = None
-        """Texts that run through a block at once while `generate` reads their prompts; None: all."""
+        """Texts that run through a block at once while `generate` reads their prompts; None: as many as memory allows."""
+        self._is_generation_planned = False
+        """Whether calls of `generate` follow a plan that was made before the model was opened."""
         self._model = model
         self._parameters = dict(model.named_parameters())
         """The streamed ones, under the names that they have without adapters around them."""
@@ -204,6 +208,14 @@ class Runtime:
     def expect(self, shape: StepShape) -> None:
         """Let the plan of training be made for such steps, which are not known before the first batch; before AdamW."""
         self._expected = shape
+
+    def follow_generation_plan(self, plan: GenerationPlan) -> None:
+        """Generate as it was planned before the model was opened with the weights' share of memory.
+
+        Calls of `generate` are not planned any more: keeping to the plan's texts and lengths is the caller's affair.
+        """
+        self.prefill_micro_batch_size = plan.micro_batch_size
+        self._is_generation_planned = True
 
     def flush(self) -> None:
         """Block until every optimizer step taken is committed."""
@@ -650,6 +662,12 @@ class Runtime:
         for name, function in replacements.items():
             object.__setattr__(model, name, function)
         object.__setattr__(model, "fuyou", self)
+        if hasattr(type(model), "_prepare_cache_for_generation"):
+            itemsize = next(model.parameters()).element_size()
+            plan_calls(
+                model, itemsize, not self._device.has_own_memory,
+                lambda: None if self._is_generation_planned else self._room_for_generation,
+            )  # fmt: skip
         self._own_forward = forward
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -905,6 +923,69 @@ class Runtime:
         cache = arguments["past_key_values"]
         join(cache, [call["past_key_values"] for call in calls])
         return type(outputs[0])(logits=torch.cat([output.logits for output in outputs]), past_key_values=cache)
+
+    @contextlib.contextmanager
+    def _room_for_generation(
+        self, demand: Demand, cache: CacheShape, tier: Literal["device", "host"] | None
+    ) -> Iterator[Fit]:
+        """Inside, weights leave as much of host memory free as keys and values and what computes with them take."""
+        self._check_usable()
+        plan, (weights, *others) = self.plan, self._pools
+        gpu_memory_bytes = plan.gpu_memory_bytes
+        if gpu_memory_bytes is not None:
+            gpu_memory_bytes -= sum(b.weight_bytes for b in plan.blocks if b.weights_on_device)
+        fit = fit_generation(
+            shard_sizes(self.blocks, self.layouts, lambda _name: False),
+            cache,
+            demand,
+            Room(
+                self._device_name,
+                num_cores(),
+                # States, and gradients that wait for a step.
+                plan.host_memory_bytes - sum(pool.used_bytes for pool in others),
+                gpu_memory_bytes,
+            ),
+            vocabulary_size=self._vocabulary_size,
+            compute_dtype=self.config.compute_dtype,
+            cache_tier=tier,
+        )
+        with contextlib.ExitStack() as stack:
+            if self.prefill_micro_batch_size is None:
+                self.prefill_micro_batch_size = fit.micro_batch_size
+                stack.callback(setattr, self, "prefill_micro_batch_size", None)
+            left_bytes = plan.host_memory_bytes - plan.overhead_bytes - fit.reserve_bytes
+            left_bytes -= sum(pool.used_bytes for pool in others)
+            if left_bytes < weights.budget_bytes:
+                for pool in others:
+                    pool.trim()
+                stack.callback(weights.limit, weights.budget_bytes)
+                stack.enter_context(self._weights_within(left_bytes, fit.weights))
+                weights.limit(max(left_bytes, fit.weights.weight_pool_bytes))
+            yield fit
+
+    @contextlib.contextmanager
+    def _weights_within(self, room_bytes: int, planned: Plan) -> Iterator[None]:
+        """Inside, no more weights stay in host memory than there is room for, beside those under way."""
+        resident, depth = self._weights.resident, self._weights.prefetch_depth
+        sizes = {name: pooled_bytes(layout.weight_bytes) for name, layout in self.layouts.items()}
+        largest = max(sizes.values()) + max(pooled_bytes(shard.borrowed_bytes) for shard in self._shards)
+        room_bytes -= (depth + 1) * largest
+        if sum(sizes[name] for name in resident) <= room_bytes:
+            yield
+            return
+        room_bytes = sum(sizes[b.name] for b in planned.blocks if b.weights_in_host)
+        kept: list[str] = []
+        for name in sizes:
+            if name in resident and sizes[name] <= room_bytes:
+                kept.append(name)
+                room_bytes -= sizes[name]
+        with self._weights_of_last_step():
+            pass  # what goes can be read again
+        try:
+            self._weights.keep(frozenset(kept), min(depth, planned.prefetch_depth))
+            yield
+        finally:
+            self._weights.keep(resident, depth)
 
     @contextlib.contextmanager
     def _weights_of_last_step(self) -> Iterator[None]:

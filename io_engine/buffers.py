@@ -277,7 +277,21 @@ class BufferPool:
             else:
                 self._free.append(mapping)
                 self._free_bytes += mapping.num_bytes
+                self._shrink()
             self._changed.notify_all()
+
+    def limit(self, budget_bytes: int) -> None:
+        """Change the budget; what is free beyond it is unmapped at once, what is out beyond it when it comes back."""
+        if budget_bytes <= 0:
+            raise ValueError(f"budget_bytes={budget_bytes} of pool {self.name!r} is not positive; give it some memory")
+        with self._changed:
+            self.budget_bytes = budget_bytes
+            self._shrink()
+            self._changed.notify_all()
+
+    def _shrink(self) -> None:
+        while self._free and self._mapped_bytes > self.budget_bytes:
+            self._evict(self._free[0])
 
     def trim(self) -> None:
         """Unmap every free buffer, so that `mapped_bytes` falls to `used_bytes`."""

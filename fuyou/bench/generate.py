@@ -1,7 +1,8 @@
 """`fuyou bench generate`: generation from a streamed model beside a bare loop that reads the same bytes.
 
 Where the drive is the lane that limits, no token can be there before its weights are: the limit is the time that bare
-system calls take for what a token step reads, as often as there are token steps. The plan's prediction stands beside it.
+system calls take for what a token step reads, as often as there are token steps. The plan's prediction stands beside it,
+for the prompts and for a token step, also where host memory holds all weights and nothing is read.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import itertools
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from fuyou.bench import MIN_REPEATS, SHAPES, choose, existing_directory, llama, median_ratio, spread, take_turns
 from fuyou.bench.io import NUM_THREADS, Task, bare_calls, open_direct
 from fuyou.config import counted
-from fuyou.errors import ConfigError
 
 if TYPE_CHECKING:
     from io_engine import Extent
@@ -42,11 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--compute-dtype", choices=("bfloat16", "float32"), default=None, help="(bfloat16; float32 on a CPU)"
     )
     parser.add_argument("--host-memory", default="512MiB", metavar="SIZE", help="budget (512MiB)")
+    parser.add_argument("--measured", action="store_true", help="rates of this machine that are known, not new ones")
     parser.add_argument("--repeats", type=int, default=MIN_REPEATS, help=f"rounds ({MIN_REPEATS})")
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure; blocks for minutes. Makes a store in a temporary folder of the directory. ConfigError, PlanError."""
+    """Measure; blocks for minutes. Makes a store in a temporary folder of the directory. PlanError."""
     device, dtype = choose(options.device, options.compute_dtype)
     directory = existing_directory(options.directory)
     with tempfile.TemporaryDirectory(prefix="fuyou-bench-", dir=directory) as folder:
@@ -55,6 +57,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any) -> dict[str, Any]:
     import torch
+    from transformers import StoppingCriteriaList
 
     import fuyou
     from fuyou.generation import default_offload, plan_generation
@@ -63,7 +66,8 @@ def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any)
 
     config = llama(options.size, options.prompt + options.new_tokens)
     config.eos_token_id = None
-    fuyou.measure_hardware(folder, device, dtype)
+    if not options.measured:
+        fuyou.measure_hardware(folder, device, dtype)
     offload = fuyou.OffloadConfig(store=folder / "store", device=device, compute_dtype=dtype)
     fuyou.from_config(config, offload=offload, seed=0, trainable=()).fuyou.close()
     source = find_source(str(folder / "store"))
@@ -80,19 +84,33 @@ def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any)
         _BareReads(model, options.new_tokens) as reads,
     ):
         runtime = model.fuyou
-        runtime.prefill_micro_batch_size = plan.micro_batch_size
+        runtime.follow_generation_plan(plan)
         moved: list[int] = []
+        prefills: list[float] = []
+        steps: list[float] = []
 
         def generate() -> None:
-            before = runtime.bytes_moved[0]
-            model.generate(ids.to(device), max_new_tokens=options.new_tokens, do_sample=False)
-            moved.append(runtime.bytes_moved[0] - before)
+            before, times = runtime.bytes_moved[0], [time.perf_counter()]
 
-        seconds = take_turns({"generate": generate, "limit": reads.run}, options.repeats)
-    predicted = plan.predicted_prefill_seconds + (options.new_tokens - 1) * plan.predicted_seconds_per_token_step
+            def hear(tokens: Any, _scores: Any, **_kwargs: Any) -> Any:
+                times.append(time.perf_counter())
+                return torch.zeros(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+
+            heard = StoppingCriteriaList([hear])
+            model.generate(ids.to(device), max_new_tokens=options.new_tokens, do_sample=False, stopping_criteria=heard)
+            moved.append(runtime.bytes_moved[0] - before)
+            prefills.append(times[1] - times[0])
+            steps.append((times[-1] - times[1]) / max(1, len(times) - 2))
+
+        # Where nothing is read there is no limit of that kind.
+        limit = {"limit": reads.run} if reads.num_bytes else {}
+        seconds = take_turns({"generate": generate, **limit}, options.repeats)
+    # Of a later batch: weights that stay in memory came in during the untimed turn.
+    predicted = plan.predicted_later_prefill_seconds + (options.new_tokens - 1) * plan.predicted_seconds_per_token_step
     median = statistics.median(seconds["generate"])
+    prefill, step = statistics.median(prefills[1:]), statistics.median(steps[1:])
     return {
-        "ratio": median_ratio(seconds["limit"], seconds["generate"]),
+        "ratio": median_ratio(seconds["limit"], seconds["generate"]) if limit else None,
         "size": options.size,
         "num_parameters": sum(p.numel() for p in model.parameters()),
         "rows": options.rows,
@@ -102,7 +120,12 @@ def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any)
         "compute_dtype": dtype,
         "host_memory": options.host_memory,
         "tokens_per_second": options.rows * options.new_tokens / median,
-        "seconds_per_token_step": median / options.new_tokens,
+        "seconds_per_token_step": step,
+        "predicted_seconds_per_token_step": plan.predicted_seconds_per_token_step,
+        "token_step_error": plan.predicted_seconds_per_token_step / step - 1,
+        "prefill_seconds": prefill,
+        "predicted_prefill_seconds": plan.predicted_later_prefill_seconds,
+        "prefill_error": plan.predicted_later_prefill_seconds / prefill - 1,
         "bytes_read_per_token_step": statistics.median(moved) / options.new_tokens,
         "planned_bytes_per_token_step": plan.read_bytes_per_token_step,
         "predicted_seconds": predicted,
@@ -122,17 +145,22 @@ def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any)
 def describe(result: dict[str, Any]) -> str:
     """The result for people."""
     step_bytes = result["bytes_read_per_token_step"]
+    share = "none: nothing is read" if result["ratio"] is None else f"{result['ratio']:.3f}"
     lines = [
-        f"rate / limit        {result['ratio']:.3f}   (a bare loop that reads the same bytes)",
+        f"rate / limit        {share}   (a bare loop that reads the same bytes)",
         f"{result['size']} parameters, {counted(result['rows'], 'text')} of "
         f"{result['prompt_tokens']} + {result['new_tokens']} tokens, "
         f"{result['compute_dtype']} on {result['device']}, host_memory {result['host_memory']}",
         f"{result['tokens_per_second']:.3g} tokens/s; a token step reads {step_bytes / 1e6:.0f} MB and takes "
         f"{result['seconds_per_token_step']:.3f} s, limited by {result['limiting_lane']}",
-        f"predicted {result['predicted_seconds']:.3f} s ({100 * result['prediction_error']:+.0f} %)",
+        f"predicted {result['predicted_seconds']:.3f} s ({100 * result['prediction_error']:+.0f} %), a token step "
+        f"{result['predicted_seconds_per_token_step']:.3f} s ({100 * result['token_step_error']:+.0f} %), the prompts "
+        f"{result['predicted_prefill_seconds']:.3f} s of {result['prefill_seconds']:.3f} "
+        f"({100 * result['prefill_error']:+.0f} %)",
     ]
     for name, text in (("generate", "generate"), ("limit", "bare reads")):
-        row = result[name]
+        if (row := result.get(name)) is None:
+            continue
         lines.append(
             f"{text:<24}{row['seconds']:.3f} s  +-{100 * row['spread']:.0f} %   {row['bytes_per_second'] / 1e9:.2f} GB/s"
         )
@@ -150,16 +178,12 @@ class _BareReads:
         for block in runtime.plan.blocks:
             if not block.weights_in_host:
                 self._requests += _requests(runtime.store.extent(runtime.layouts[block.name].weight_name))
-        if not self._requests:
-            raise ConfigError(
-                "bench generate: host memory holds all weights, so that nothing is read: lower --host-memory"
-            )
         self._requests *= num_token_steps
         self.num_bytes = sum(extent.num_bytes for extent in self._requests)
         self._folders: dict[str, list[Extent]] = {}
         for extent in self._requests:
             self._folders.setdefault(os.path.dirname(extent.path), []).append(extent)
-        num_buffers = 2 * NUM_THREADS * max(1, len(self._folders))
+        num_buffers = 2 * NUM_THREADS * max(1, len(self._folders)) if self._requests else 1
         self._pool = BufferPool(num_buffers * REQUEST_BYTES, name="bare reads")
 
     def __enter__(self) -> _BareReads:

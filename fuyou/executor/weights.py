@@ -300,6 +300,28 @@ class WeightStream:
                 if not was_there and self._loaded.get(name) is shard and shard.num_references == 0:
                     self._forget(shard)
 
+    @property
+    def resident(self) -> frozenset[str]:
+        """The shards that stay in host memory once they are there."""
+        return self._resident
+
+    @property
+    def prefetch_depth(self) -> int:
+        """How many shards are read ahead."""
+        return self._prefetch_depth
+
+    def keep(self, resident: frozenset[str], prefetch_depth: int) -> None:
+        """Keep these shards in host memory from here on, and read so far ahead; buffers of the others go back.
+
+        Between passes, and when every step taken has been committed: what goes is read again at its next use.
+        """
+        with InterruptsDeferred(), self._lock:
+            self._drop_prefetched()
+            dropped = [self._loaded[name] for name in self._resident - resident if name in self._loaded]
+            self._resident, self._prefetch_depth = resident, prefetch_depth
+            for shard in dropped:
+                self._forget(shard)
+
     def close(self) -> None:
         """Let go of everything read ahead or kept in memory; blocks until reads under way have ended."""
         with self._lock:

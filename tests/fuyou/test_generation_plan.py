@@ -11,7 +11,16 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from fuyou.errors import PlanError
-from fuyou.generation_plan import CacheShape, Demand, GenerationPlan, Machine, cache_shape, make_generation_plan
+from fuyou.generation_plan import (
+    CacheShape,
+    Demand,
+    GenerationPlan,
+    Machine,
+    Room,
+    cache_shape,
+    fit_generation,
+    make_generation_plan,
+)
 from fuyou.hardware import HardwareProfile
 from fuyou.planner import ShardSize, make_plan
 from tests.tiny_models import TINY_MODEL_NAMES, tiny_model_config
@@ -188,3 +197,44 @@ def test_the_cache_waits_in_host_memory_where_the_device_has_no_room() -> None:
     # It then crosses the bus with the weights, each token.
     assert tight.predicted_seconds_per_token_step > roomy.predicted_seconds_per_token_step
     assert "keys and values in host memory" in tight.describe()
+
+
+def test_a_cache_that_the_caller_places_stays_there_or_is_refused() -> None:
+    """With the number of tokens that fits where it is wanted."""
+    options: dict[str, Any] = {"vocabulary_size": 1000, "compute_dtype": "bfloat16"}
+    room = Room("cuda", 2, 2048 * MIB, 256 * MIB)
+    demand = Demand(16, 500, 500)
+    assert fit_generation(shards(), CACHE, demand, room, **options).cache_tier == "host"
+    with pytest.raises(PlanError, match=r"(\d+) tokens fit: set max_new_tokens=\d+ or less") as refused:
+        fit_generation(shards(), CACHE, demand, room, cache_tier="device", **options)
+    match = re.search(r"max_new_tokens=(\d+)", str(refused.value))
+    assert match is not None
+    fewer = dataclasses.replace(demand, new_tokens=int(match[1]))
+    assert fit_generation(shards(), CACHE, fewer, room, cache_tier="device", **options).reserve_bytes == 0
+    roomy = Room("cuda", 2, 2048 * MIB, 4096 * MIB)
+    wanted = fit_generation(shards(), CACHE, demand, roomy, cache_tier="host", **options)
+    assert (wanted.cache_tier, wanted.reserve_bytes) == ("host", wanted.cache_bytes)
+
+
+def test_a_token_step_by_hand_where_the_cores_limit_it() -> None:
+    """Products of a token each, a cache that is read, and prompts in parts; embeddings are looked up."""
+    on = dataclasses.replace(
+        machine(host=1024 * MIB, weights=1e9), cache_seconds=lambda rows, tokens: 1e-6 * rows * tokens
+    )
+    hardware = dataclasses.replace(on.hardware, seconds_per_block=0.0, compute_flops_per_second=1e9)
+    found = plan(Demand(4, 10, 20), dataclasses.replace(on, hardware=hardware))
+    # In the middle of 20 tokens there are 20 in each of eight caches; 2 MiB of the 36 are an embedding.
+    assert found.predicted_seconds_per_token_step == pytest.approx(34 * MIB / 1e9 + 8 * 4 * 20 * 1e-6)
+    # 40 tokens of prompts: two operations for each of 2 Mi parameters of a layer, and attention over half of the length.
+    layers = 8 * 2 * 40 * (2 * MIB + 10 * 512) / 1e9
+    assert found.predicted_later_prefill_seconds == pytest.approx(layers + 2 * MIB / 1e9, rel=1e-6)
+    assert found.predicted_prefill_seconds == found.predicted_later_prefill_seconds
+
+
+def test_reading_and_computing_overlap_as_far_as_blocks_are_read_ahead() -> None:
+    """Both take as long: a step takes a little longer than either, by what does not overlap."""
+    on = machine(host=28 * MIB, read=1e9, weights=1e9)
+    hardware = dataclasses.replace(on.hardware, seconds_per_block=0.0)
+    found = plan(Demand(1, 10, 20), dataclasses.replace(on, hardware=hardware))
+    longest = max(found.read_bytes_per_token_step, 34 * MIB) / 1e9  # nothing is multiplied with the embedding
+    assert longest <= found.predicted_seconds_per_token_step * (1 + 1e-9) < 1.3 * longest
