@@ -486,7 +486,7 @@ IN_A_PROCESS_OF_ITS_OWN = """
 import gc, sys
 from pathlib import Path
 import torch
-from tests.fuyou.test_generate import bytes_read, long_model
+from tests.fuyou.test_generate import Demand, bytes_read, cache_shape, long_model
 torch.set_num_threads(1)  # each further one has buffers of its own in the libraries that multiply
 store = Path(sys.argv[1])
 ids = torch.randint(1, 512, (12, 190), generator=torch.Generator().manual_seed(0))
@@ -501,10 +501,12 @@ with model.fuyou as runtime:
     model.generate(short, max_new_tokens=2, do_sample=False)
     resident = runtime._weights.resident
     assert len(resident) > 2
-    runtime._meter.take_peak()
+    pooled = []
+    hook = model.model.layers[3].register_forward_hook(lambda *_: pooled.append(sum(p.mapped_bytes for p in runtime._pools)))
     assert torch.equal(model.generate(ids, max_new_tokens=10, do_sample=False), expected)
-    peak = runtime._meter.take_peak()
-    assert peak <= 48 * 2**20, peak
+    hook.remove()
+    with runtime._room_for_generation(Demand(12, 190, 10), cache_shape(model.config, 4), None) as fit:
+        assert max(pooled) + fit.reserve_bytes <= 48 * 2**20, (max(pooled), fit.reserve_bytes)
     assert runtime._weights.resident == resident
     model.generate(short, max_new_tokens=2, do_sample=False)  # what had to go comes back
     before = bytes_read(runtime)
@@ -515,7 +517,7 @@ with model.fuyou as runtime:
 
 
 def test_a_call_takes_its_caches_memory_from_weights_that_were_kept(tmp_path: Path) -> None:
-    """12 texts of 200 tokens: 32 MiB of keys and values and of what computes with them, in a budget of 48."""
+    """12 texts of 200 tokens: 32 MiB of keys and values and of what computes with them, in a budget of 48, by what the pools hold."""
     done = subprocess.run(
         [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, str(tmp_path / "store")],
         capture_output=True, text=True, cwd=Path(fuyou.__file__).parents[1], check=False,
