@@ -107,19 +107,15 @@ def _finish(
 def _adamw(masters: Any, limit: Any, m: Float32Array, v: Float32Array, g: Any, arguments: Any) -> np.int32:
     num_refused = np.int32(0)
     denominators = scratch(TILE_ELEMENTS)
-    first_size, last, rest = tiles(m.size)
-    for j in range(first_size):
-        _begin(masters, m, v, g, 0, j, denominators, arguments)
-    for start in range(TILE_ELEMENTS, last + 1, TILE_ELEMENTS):
-        for j in range(TILE_ELEMENTS):
-            num_refused = _finish(masters, limit, m, start - TILE_ELEMENTS, j, denominators, arguments, num_refused)
-            _begin(masters, m, v, g, start, j, denominators, arguments)
-    for j in range(first_size):
-        num_refused = _finish(masters, limit, m, last, j, denominators, arguments, num_refused)
-    for j in range(m.size - rest):
-        _begin(masters, m, v, g, rest, j, denominators, arguments)
-    for j in range(m.size - rest):
-        num_refused = _finish(masters, limit, m, rest, j, denominators, arguments, num_refused)
+    for first, size, last in tiles(m.size):
+        for j in range(size):
+            _begin(masters, m, v, g, first, j, denominators, arguments)
+        for start in range(first + TILE_ELEMENTS, last + 1, TILE_ELEMENTS):
+            for j in range(TILE_ELEMENTS):
+                num_refused = _finish(masters, limit, m, start - TILE_ELEMENTS, j, denominators, arguments, num_refused)
+                _begin(masters, m, v, g, start, j, denominators, arguments)
+        for j in range(size):
+            num_refused = _finish(masters, limit, m, last, j, denominators, arguments, num_refused)
     return num_refused
 
 

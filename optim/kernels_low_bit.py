@@ -107,25 +107,20 @@ def _adamw_bfloat16(
 ) -> Any:
     num_refused, largest = np.int32(0), np.uint32(0)
     new = (scratch(TILE_ELEMENTS), scratch(TILE_ELEMENTS), scratch(TILE_ELEMENTS))
-    first_size, last, rest = tiles(m.size)
-    for j in range(first_size):
-        _begin_bfloat16(masters, m, v, g, 0, j, new, arguments)
-    for start in range(TILE_ELEMENTS, last + 1, TILE_ELEMENTS):
-        for j in range(TILE_ELEMENTS):
+    for first, size, last in tiles(m.size):
+        for j in range(size):
+            _begin_bfloat16(masters, m, v, g, first, j, new, arguments)
+        for start in range(first + TILE_ELEMENTS, last + 1, TILE_ELEMENTS):
+            before = start - TILE_ELEMENTS
+            for j in range(TILE_ELEMENTS):
+                num_refused, largest = _finish_bfloat16(
+                    masters, limit, m, v, before, j, new, key, first_element, arguments, num_refused, largest
+                )
+                _begin_bfloat16(masters, m, v, g, start, j, new, arguments)
+        for j in range(size):
             num_refused, largest = _finish_bfloat16(
-                masters, limit, m, v, start - TILE_ELEMENTS, j, new, key, first_element, arguments, num_refused, largest
+                masters, limit, m, v, last, j, new, key, first_element, arguments, num_refused, largest
             )
-            _begin_bfloat16(masters, m, v, g, start, j, new, arguments)
-    for j in range(first_size):
-        num_refused, largest = _finish_bfloat16(
-            masters, limit, m, v, last, j, new, key, first_element, arguments, num_refused, largest
-        )
-    for j in range(m.size - rest):
-        _begin_bfloat16(masters, m, v, g, rest, j, new, arguments)
-    for j in range(m.size - rest):
-        num_refused, largest = _finish_bfloat16(
-            masters, limit, m, v, rest, j, new, key, first_element, arguments, num_refused, largest
-        )
     return num_refused + (1 if largest >= _LIMIT_BITS else 0)
 
 
@@ -196,35 +191,6 @@ def _rescale(m_scales: Float32Array, v_scales: Float32Array, block: int, m_bits:
     return (m_factor, v_factor), 1 if m_bits >= _LIMIT_BITS or v_bits >= _LIMIT_BITS else 0
 
 
-@inlined
-def _begin_block(
-    masters: Any, m: Int8Array, m_scales: Float32Array, v: UInt8Array, v_scales: Float32Array, g: Any, start: int,
-    size: int, new: Any, waiting: Any, arguments: Any,
-) -> tuple[Any, int]:  # fmt: skip
-    """The first half of a block that has no other beside it; as `_rescale`."""
-    block = start // TILE_ELEMENTS
-    m_scale, v_scale = m_scales[block], v_scales[block]
-    m_bits, v_bits = np.uint32(0), np.uint32(0)
-    for j in range(size):
-        m_bits, v_bits = _decode_and_update(
-            masters, m, m_scale, v, v_scale, g, start, j, new, arguments, m_bits, v_bits
-        )
-        _take_root(j, new, waiting, arguments)
-    return _rescale(m_scales, v_scales, block, m_bits, v_bits)
-
-
-@inlined
-def _finish_block(
-    masters: Any, limit: Any, m: Int8Array, v: UInt8Array, start: int, size: int, waiting: Any, factors: Any,
-    table: Any, bits: Any, arguments: Any, num_refused: Any,
-) -> Any:  # fmt: skip
-    """The second half of a block that has no other beside it; as `_update_master`."""
-    for j in range(size):
-        num_refused = _update_master(masters, limit, start, j, waiting, arguments, num_refused)
-        _encode(m, v, start, j, waiting, factors, table, bits)
-    return num_refused
-
-
 @compiled
 def _adamw_int8(
     masters: Any,
@@ -238,46 +204,45 @@ def _adamw_int8(
     first_element: int,
     arguments: Any,
 ) -> Any:
-    if m.size == 0:
-        return 0
     new = (scratch(TILE_ELEMENTS), scratch(TILE_ELEMENTS))
     waiting = (scratch(TILE_ELEMENTS), scratch(TILE_ELEMENTS), scratch(TILE_ELEMENTS))
     table = scratch(TILE_ELEMENTS)
     for j in range(TILE_ELEMENTS):
         table[np.uintp(j)] = float_of_bits(random_bits(key, 0, j))
-    first_size, last, rest = tiles(m.size)
-    num_refused = np.int32(0)
-    factors, num_refused_blocks = _begin_block(
-        masters, m, m_scales, v, v_scales, g, 0, first_size, new, waiting, arguments
-    )
-    for start in range(TILE_ELEMENTS, last + 1, TILE_ELEMENTS):
-        block, before = start // TILE_ELEMENTS, start - TILE_ELEMENTS
+    num_refused, num_refused_blocks = np.int32(0), 0
+    for first, size, last in tiles(m.size):
+        if size == 0:
+            continue
+        block = first // TILE_ELEMENTS
         m_scale, v_scale = m_scales[block], v_scales[block]
-        bits = _bits_of_block(key, first_element + before)
         m_bits, v_bits = np.uint32(0), np.uint32(0)
-        # Two loops, each with one of the two long waits and half of the instructions.
-        for j in range(TILE_ELEMENTS):
-            num_refused = _update_master(masters, limit, before, j, waiting, arguments, num_refused)
+        for j in range(size):
             m_bits, v_bits = _decode_and_update(
-                masters, m, m_scale, v, v_scale, g, start, j, new, arguments, m_bits, v_bits
+                masters, m, m_scale, v, v_scale, g, first, j, new, arguments, m_bits, v_bits
             )
-        for j in range(TILE_ELEMENTS):
-            _encode(m, v, before, j, waiting, factors, table, bits)
             _take_root(j, new, waiting, arguments)
         factors, is_refused = _rescale(m_scales, v_scales, block, m_bits, v_bits)
         num_refused_blocks += is_refused
-    bits = _bits_of_block(key, first_element + last)
-    num_refused = _finish_block(
-        masters, limit, m, v, last, first_size, waiting, factors, table, bits, arguments, num_refused
-    )
-    if rest < m.size:
-        size = m.size - rest
-        factors, is_refused = _begin_block(masters, m, m_scales, v, v_scales, g, rest, size, new, waiting, arguments)
-        bits = _bits_of_block(key, first_element + rest)
-        num_refused = _finish_block(
-            masters, limit, m, v, rest, size, waiting, factors, table, bits, arguments, num_refused
-        )
-        num_refused_blocks += is_refused
+        for start in range(first + TILE_ELEMENTS, last + 1, TILE_ELEMENTS):
+            block, before = start // TILE_ELEMENTS, start - TILE_ELEMENTS
+            m_scale, v_scale = m_scales[block], v_scales[block]
+            bits = _bits_of_block(key, first_element + before)
+            m_bits, v_bits = np.uint32(0), np.uint32(0)
+            # Two loops, each with one of the two long waits and half of the instructions.
+            for j in range(TILE_ELEMENTS):
+                num_refused = _update_master(masters, limit, before, j, waiting, arguments, num_refused)
+                m_bits, v_bits = _decode_and_update(
+                    masters, m, m_scale, v, v_scale, g, start, j, new, arguments, m_bits, v_bits
+                )
+            for j in range(TILE_ELEMENTS):
+                _encode(m, v, before, j, waiting, factors, table, bits)
+                _take_root(j, new, waiting, arguments)
+            factors, is_refused = _rescale(m_scales, v_scales, block, m_bits, v_bits)
+            num_refused_blocks += is_refused
+        bits = _bits_of_block(key, first_element + last)
+        for j in range(size):
+            num_refused = _update_master(masters, limit, last, j, waiting, arguments, num_refused)
+            _encode(m, v, last, j, waiting, factors, table, bits)
     return num_refused + num_refused_blocks
 
 

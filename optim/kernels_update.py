@@ -149,17 +149,19 @@ def update_master(p: Any, m: Any, denominator: Any, decay: Any, negative_step_si
 
 
 @inlined
-def tiles(num_elements: int) -> tuple[int, int, int]:
-    """The first tile's size, where the last whole tile begins (0 if none is), and where what is left over begins.
+def tiles(num_elements: int) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Two runs of tiles of one size: where the first begins, their size, where the last begins.
 
-    Kernels go through the first tile, the whole ones behind it, and the rest in loops of their own: one loop whose
-    condition tells them apart would begin a tile before the arrays, and LLVM, which asks before the loops whether
-    arrays overlap, would find that they do where one lies behind the other, and would not vectorise.
+    First all the whole ones, or the only one if it is none; then one of what is left over, which may be empty. A kernel
+    begins a run's first tile before its loop, and finishes the last one behind it. One loop whose conditions told the
+    ends apart would begin a tile before the arrays, and LLVM, which asks before the loops whether arrays overlap, would
+    find that they do where one lies behind the other, and would not vectorise.
     """
     num_whole = num_elements // TILE_ELEMENTS
     if num_whole == 0:
-        return num_elements, 0, num_elements
-    return TILE_ELEMENTS, (num_whole - 1) * TILE_ELEMENTS, num_whole * TILE_ELEMENTS
+        return (0, num_elements, 0), (num_elements, 0, num_elements)
+    rest = num_whole * TILE_ELEMENTS
+    return (0, TILE_ELEMENTS, rest - TILE_ELEMENTS), (rest, num_elements - rest, rest)
 
 
 def load_master(masters: Any, i: Any) -> Any:

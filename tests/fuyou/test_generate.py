@@ -516,6 +516,7 @@ with model.fuyou as runtime:
 """
 
 
+@pytest.mark.slow
 def test_a_call_takes_its_caches_memory_from_weights_that_were_kept(tmp_path: Path) -> None:
     """12 texts of 200 tokens: 32 MiB of keys and values and of what computes with them, in a budget of 48, by what the pools hold."""
     done = subprocess.run(

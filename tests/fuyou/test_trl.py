@@ -93,7 +93,7 @@ def history(made: Any, key: str) -> list[float]:
 KEYS = ("loss", "eval_loss", "entropy", "mean_token_accuracy", "eval_mean_token_accuracy")
 
 
-@pytest.mark.parametrize("micro_batch_size", [1, None])
+@pytest.mark.parametrize("micro_batch_size", [1, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("changes", [{}, {"bf16": True}, {"loss_type": "dft"}], ids=["plain", "autocast", "dft"])
 def test_sft_equals_plain(changes: dict[str, Any], micro_batch_size: int | None, tmp_path: Path) -> None:
     """trl calls the base model and reads the head's weights itself: losses, norms, its own metrics, evaluation."""
@@ -135,7 +135,7 @@ def assert_equal_weights(model: Any, plain: Any, folder: Path) -> None:
         assert torch.equal(parameter, wanted), name
 
 
-@pytest.mark.parametrize(("passes", "bf16"), [(1, True), (2, False), (2, True)])
+@pytest.mark.parametrize(("passes", "bf16"), [pytest.param(1, True, marks=pytest.mark.slow), (2, False), (2, True)])
 def test_sft_without_clipping_equals_plain_bit_for_bit(passes: int, bf16: bool, tmp_path: Path) -> None:
     """Where rows are computed together as in memory and nothing is clipped, the arithmetic is the same, autocast too."""
     changes = {"bf16": bf16, "max_grad_norm": 0.0, "gradient_accumulation_steps": passes}
