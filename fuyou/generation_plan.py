@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from fuyou.config import format_bytes
+from fuyou.config import counted, format_bytes
 from fuyou.errors import ConfigError, PlanError
 from fuyou.hardware import HardwareProfile
 from fuyou.plan import BlockPlan, Plan
@@ -105,7 +105,7 @@ class GenerationPlan:
         """For people: one line a decision."""
         return "\n".join(
             [
-                f"{self.batch_size} text{'s' * (self.batch_size > 1)} at once ({self.reasons['batch_size']}), "
+                f"{counted(self.batch_size, 'text')} at once ({self.reasons['batch_size']}), "
                 f"prompts in parts of {self.micro_batch_size}",
                 f"keys and values in {'host memory' if self.cache_tier == 'host' else 'the memory that computes'}: "
                 f"{format_bytes(self.cache_bytes)} ({self.reasons['cache']})",
@@ -461,7 +461,7 @@ def _does_not_fit(
     needed = model.cache_bytes(rows, demand.context) + model.beside_bytes(rows, 1, demand.prompt_tokens)
     whole = least_memory(model.shards).host_memory_bytes + (needed if room.on_host else 0)
     text = (
-        f"{rows} {'text' if rows == 1 else 'texts'} of {demand.context} tokens (prompt {demand.prompt_tokens}, new "
+        f"{counted(rows, 'text')} of {demand.context} tokens (prompt {demand.prompt_tokens}, new "
         f"{demand.new_tokens}) need {format_bytes(needed)} beside the weights, more than {budget} leaves. "
     )
     most = fitting(1, demand.new_tokens, lambda n: dataclasses.replace(demand, new_tokens=n))

@@ -934,17 +934,13 @@ class Runtime:
         gpu_memory_bytes = plan.gpu_memory_bytes
         if gpu_memory_bytes is not None:
             gpu_memory_bytes -= sum(b.weight_bytes for b in plan.blocks if b.weights_on_device)
+        # States, and gradients that wait for a step.
+        free_bytes = plan.host_memory_bytes - sum(pool.used_bytes for pool in others)
         fit = fit_generation(
             shard_sizes(self.blocks, self.layouts, lambda _name: False),
             cache,
             demand,
-            Room(
-                self._device_name,
-                num_cores(),
-                # States, and gradients that wait for a step.
-                plan.host_memory_bytes - sum(pool.used_bytes for pool in others),
-                gpu_memory_bytes,
-            ),
+            Room(self._device_name, num_cores(), free_bytes, gpu_memory_bytes),
             vocabulary_size=self._vocabulary_size,
             compute_dtype=self.config.compute_dtype,
             cache_tier=tier,
@@ -953,8 +949,7 @@ class Runtime:
             if self.prefill_micro_batch_size is None:
                 self.prefill_micro_batch_size = fit.micro_batch_size
                 stack.callback(setattr, self, "prefill_micro_batch_size", None)
-            left_bytes = plan.host_memory_bytes - plan.overhead_bytes - fit.reserve_bytes
-            left_bytes -= sum(pool.used_bytes for pool in others)
+            left_bytes = free_bytes - plan.overhead_bytes - fit.reserve_bytes
             if left_bytes < weights.budget_bytes:
                 for pool in others:
                     pool.trim()

@@ -132,6 +132,14 @@ def _float_of_bits(_context: Any, bits: Any) -> Any:
     return types.float32(types.uint32), generate
 
 
+def _folded(builder: Any, x: Any, shift: int) -> Any:
+    return builder.xor(x, builder.lshr(x, _word(shift)))
+
+
+def _last_round(builder: Any, x: Any) -> Any:
+    return _folded(builder, builder.mul(x, _word(0x846CA68B)), 16)
+
+
 def _random_bits(_context: Any, key: Any, start: Any, index: Any) -> Any:
     """(uint32, int64, int64) -> uint32: a hash of the key and of start + index modulo 2**32.
 
@@ -142,9 +150,8 @@ def _random_bits(_context: Any, key: Any, start: Any, index: Any) -> Any:
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
         key, start, index = arguments
         x = builder.xor(builder.add(builder.trunc(start, _I32), builder.trunc(index, _I32)), key)
-        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
-            x = builder.mul(builder.xor(x, builder.lshr(x, _word(shift))), _word(factor))
-        return builder.xor(x, builder.lshr(x, _word(16)))
+        x = builder.mul(_folded(builder, x, 16), _word(0x7FEB352D))
+        return _last_round(builder, _folded(builder, x, 15))
 
     return types.uint32(types.uint32, types.int64, types.int64), generate
 
@@ -162,8 +169,7 @@ def _mix(_context: Any, bits: Any) -> Any:
     """uint32 -> uint32: the last round of `random_bits`."""
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        x = builder.mul(arguments[0], _word(0x846CA68B))
-        return builder.xor(x, builder.lshr(x, _word(16)))
+        return _last_round(builder, arguments[0])
 
     return types.uint32(types.uint32), generate
 

@@ -1,13 +1,15 @@
-"""AdamW on float32 masters for a model in memory that computes in bfloat16: what a streamed model is compared with."""
+"""AdamW on float32 masters for a model in memory that computes in bfloat16: what a streamed model is compared with, and how."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from tests.reference import round_half_up_to_bfloat16, sum_in_order, sum_of_squares
 
@@ -53,3 +55,11 @@ class MasterAdamW(torch.optim.Optimizer):
         for parameter, master in self._masters.items():
             parameter.copy_(round_half_up_to_bfloat16(master))
         self._sums.clear()
+
+
+def assert_equal_weights(model: Any, plain: Any, folder: Path) -> None:
+    """Bit for bit, by a model exported from the store."""
+    model.save_pretrained(folder / "end")
+    exported = AutoModelForCausalLM.from_pretrained(folder / "end", dtype="auto")
+    for (name, parameter), wanted in zip(exported.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(parameter, wanted), name

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState, GradientState
 from transformers import AutoModelForCausalLM, EarlyStoppingCallback, Trainer, TrainerCallback, TrainingArguments
 
 import fuyou
-from tests.fuyou.master_adamw import MasterAdamW
+from tests.fuyou.master_adamw import MasterAdamW, assert_equal_weights
 from tests.tiny_models import tiny_batches, tiny_model_config
 
 # Renamed between releases of transformers.
@@ -119,14 +119,6 @@ def test_equals_plain_trainer(name: str, tmp_path: Path) -> None:
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "end", dtype="auto")
     for (parameter_name, parameter), wanted in zip(exported.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(parameter, wanted, rtol=1e-3, atol=2e-6, msg=parameter_name)
-
-
-def assert_equal_weights(model: Any, plain: Any, folder: Path) -> None:
-    """Bit for bit, by a model exported from the store."""
-    model.save_pretrained(folder / "end")
-    exported = AutoModelForCausalLM.from_pretrained(folder / "end", dtype="auto")
-    for (name, parameter), wanted in zip(exported.named_parameters(), plain.parameters(), strict=True):
-        assert torch.equal(parameter, wanted), name
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "autocast"])

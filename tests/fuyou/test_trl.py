@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import fuyou
-from tests.fuyou.master_adamw import MasterAdamW
+from tests.fuyou.master_adamw import MasterAdamW, assert_equal_weights
 from tests.tiny_models import tiny_model_config
 
 trl = pytest.importorskip("trl", reason="trl (extra trl) is not installed")
@@ -125,14 +125,6 @@ def streamed_and_plain(name: str, folder: Path, **options: Any) -> tuple[Any, An
     model = fuyou.from_config(config, offload=offload, seed=1)
     model.save_pretrained(folder / "start")
     return model, AutoModelForCausalLM.from_pretrained(folder / "start", dtype=getattr(torch, dtype))
-
-
-def assert_equal_weights(model: Any, plain: Any, folder: Path) -> None:
-    """Bit for bit, by a model exported from the store."""
-    model.save_pretrained(folder / "end")
-    exported = AutoModelForCausalLM.from_pretrained(folder / "end", dtype="auto")
-    for (name, parameter), wanted in zip(exported.named_parameters(), plain.parameters(), strict=True):
-        assert torch.equal(parameter, wanted), name
 
 
 @pytest.mark.parametrize(("passes", "bf16"), [pytest.param(1, True, marks=pytest.mark.slow), (2, False), (2, True)])
