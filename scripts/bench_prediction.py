@@ -1,8 +1,9 @@
 """Predicted and measured seconds of a step in many settings; with --plans, chosen plans beside hand-made ones.
 
-The machine is measured in the same run, and each setting's plan is made and predicted from that before its first step. Writes
-the results to docs/prediction.json and their tables into docs/benchmarks.md, between the lines that name this script.
-Takes about ten minutes and 20 GiB of the drive; --only runs a part and keeps the other results.
+The machine is measured before and after each setting. The plan is made from the first profile; the prediction is the mean of
+those from both, since the machine may have become faster or slower in between. Writes the results to docs/prediction.json and
+their tables into docs/benchmarks.md, between the lines that name this script. Takes about 25 minutes and 20 GiB of the drive;
+--only runs a part and keeps the other results.
 """
 
 from __future__ import annotations
@@ -10,12 +11,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import itertools
 import json
 import shutil
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,15 +31,10 @@ from fuyou.plan import BlockPlan, Plan
 from fuyou.planner import PlanInputs, simulate_plan
 
 ROOT = Path(__file__).resolve().parents[1]
-WARM_UP_STEPS, LEAST_STEPS, MOST_STEPS, SECONDS = 2, 4, 12, 8.0
+WARM_UP_STEPS, LEAST_STEPS, MOST_STEPS, SECONDS = 2, 4, 24, 16.0
 """Of a setting, whose median counts; as many steps as fit into so many seconds."""
 MOST_OTHERS = 0.15
 """Share of the cores that other processes may have taken in a step that counts; the kernel's work for the drive is in it."""
-PROBE_SIZE, PROBE_REPEATS, MOST_DRIFT = 512, 9, 0.08
-"""A matrix product whose time says how fast the machine is now. Virtual machines are not as fast all the time; where it is off
-by more from what it was when the machine was measured, a step says nothing about the prediction."""
-MOST_TRIES = 4
-"""Until a profile is measured, or a setting run, at one speed throughout."""
 MAX_GRAD_NORM = 1e9
 MARKS = "<!-- {} scripts/bench_prediction {} -->"
 
@@ -119,9 +113,8 @@ def main() -> int:
     found = known.setdefault(kind, {})
     if options.again:
         for file in options.again:
-            for part in json.loads(file.read_text()):
-                hardware = HardwareProfile.from_json(part["hardware"])
-                found |= {name: judged(result, hardware) for name, result in part["results"].items()}
+            for result in json.loads(file.read_text()):
+                found[Setting(**result["setting"]).name] = judged(result)
     else:
         with tempfile.TemporaryDirectory(prefix="fuyou-bench-", dir=options.folder) as folder:
             measure(chosen, options, Path(folder), found)
@@ -135,28 +128,22 @@ def main() -> int:
 
 
 def measure(chosen: list[Setting], options: argparse.Namespace, folder: Path, found: dict[str, Any]) -> None:
-    """Run the settings, on the machine as it was measured last: anew where its speed is another by now."""
-    parts: list[dict[str, Any]] = []
-    for _, part in itertools.groupby(chosen, key=lambda s: s.size in ("26M", "85M")):
-        hardware, probe = None, 0.0
-        for setting in part:
-            for _ in range(MOST_TRIES):
-                if hardware is None or abs(probe_seconds() / probe - 1) > MOST_DRIFT:
-                    hardware, probe = measured_hardware(folder)
-                    print(json.dumps(hardware.to_json()), flush=True)
-                    parts.append({"hardware": hardware.to_json(), "results": {}})
-                if options.plans:
-                    found[setting.name] = compare_plans(setting, folder, hardware)
-                    break
-                result = compare(setting, folder, hardware, probe)
-                if len(result["seconds"]) > 1:
-                    parts[-1]["results"][setting.name] = result
-                    found[setting.name] = judged(result, hardware)
-                    break
-                print(setting.name, "not at one speed", flush=True)
-            print(setting.name, json.dumps(found.get(setting.name)), flush=True)
+    """Run the settings, with the machine measured before the first and after each."""
+    raw: list[dict[str, Any]] = []
+    before = fuyou.measure_hardware(folder, "cpu", "float32")
+    for setting in chosen:
+        if options.plans:
+            found[setting.name] = compare_plans(setting, folder, before)
+        else:
+            raw.append(compare(setting, folder, before))
+        after = fuyou.measure_hardware(folder, "cpu", "float32")
+        if not options.plans:
+            raw[-1]["hardware"] = [before.to_json(), after.to_json()]
+            found[setting.name] = judged(raw[-1])
             if options.raw is not None:
-                options.raw.write_text(json.dumps(parts))
+                options.raw.write_text(json.dumps(raw))
+        print(setting.name, json.dumps(found[setting.name]), flush=True)
+        before = after
 
 
 def config_of(setting: Setting) -> LlamaConfig:
@@ -187,39 +174,13 @@ def inputs_of(setting: Setting, folder: Path, hardware: Any, **changes: Any) -> 
     return inputs, offload
 
 
-def probe_seconds() -> float:
-    """What the same product takes now, the quickest of several: milliseconds."""
-    product = torch.ones(PROBE_SIZE, PROBE_SIZE)
-    seconds = []
-    for _ in range(PROBE_REPEATS):
-        begin = time.perf_counter()
-        torch.mm(product, product)
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
-
-
-def measured_hardware(folder: Path) -> tuple[HardwareProfile, float]:
-    """The machine, and the probe's time then: if it can be had, one that is the same before and after."""
-    for _ in range(MOST_TRIES):
-        before = probe_seconds()
-        hardware = fuyou.measure_hardware(folder, "cpu", "float32")
-        after = probe_seconds()
-        if abs(after / before - 1) <= MOST_DRIFT:
-            break
-    return hardware, (before + after) / 2
-
-
 def steps_of(
     setting: Setting,
     offload: fuyou.OffloadConfig,
     plan: Plan,
     most_seconds: float = SECONDS,
-    probe: float | None = None,
 ) -> list[dict[str, Any]]:
-    """The metrics of some steps behind the first ones, with this plan; at the speed that `probe` stands for, if given.
-
-    Then there may be none.
-    """
+    """The metrics of some steps behind the first ones, with this plan."""
     torch.manual_seed(0)
     ids = torch.randint(0, 256, (setting.rows, setting.length))
     model = fuyou.from_config(config_of(setting), offload=dataclasses.replace(offload, plan=plan), seed=0)
@@ -227,7 +188,7 @@ def steps_of(
     try:
         with model.fuyou:
             optimizer = fuyou.AdamW(model, lr=1e-4, max_grad_norm=MAX_GRAD_NORM)
-            spent, drift = 0.0, 0.0
+            spent = 0.0
             while len(metrics) < WARM_UP_STEPS + LEAST_STEPS or (
                 spent < most_seconds and len(metrics) < WARM_UP_STEPS + MOST_STEPS
             ):
@@ -238,62 +199,56 @@ def steps_of(
                 metrics.append(model.fuyou.step_metrics())
                 metrics[-1]["others"] = before.others_share(Counters.now(), num_cores())
                 spent += metrics[-1]["seconds"]
-                if probe is not None:
-                    drift, drift_before = abs(probe_seconds() / probe - 1), drift
-                    metrics[-1]["drift"] = max(drift, drift_before)
     finally:
         for directory in offload.store_directories:
             shutil.rmtree(directory, ignore_errors=True)
-    if probe is not None:
-        metrics[WARM_UP_STEPS:] = [step for step in metrics[WARM_UP_STEPS:] if step["drift"] <= MOST_DRIFT]
     # What other processes disturbed says nothing; if that is nearly all, the two quietest steps must do.
     quietest = sorted(metrics[WARM_UP_STEPS:], key=lambda step: step["others"])
     return [step for n, step in enumerate(quietest) if n < 2 or step["others"] <= MOST_OTHERS]
 
 
-def compare(setting: Setting, folder: Path, hardware: Any, probe: float) -> dict[str, Any]:
-    """Predicted and measured seconds; of steps at the speed that the hardware was measured at, which may be none."""
+def compare(setting: Setting, folder: Path, hardware: HardwareProfile) -> dict[str, Any]:
+    """What the steps of the plan took that is made for this machine."""
     inputs, offload = inputs_of(setting, folder, hardware)
     plan = inputs.plan()
-    steps = steps_of(setting, offload, plan, probe=probe)
-    lanes = {
-        lane: statistics.median(s["lane_seconds"][lane] for s in steps)
-        for lane in (steps[0]["lane_seconds"] if steps else ())
-    }
+    steps = steps_of(setting, offload, plan)
     return {
         "setting": dataclasses.asdict(setting),
         "plan": plan.to_json(),
         "seconds": [step["seconds"] for step in steps],
-        "others": [step["others"] for step in steps],
-        "lanes": lanes,
+        "lanes": {lane: statistics.median(s["lane_seconds"][lane] for s in steps) for lane in steps[0]["lane_seconds"]},
     }
 
 
-def judged(result: dict[str, Any], hardware: HardwareProfile) -> dict[str, Any]:
-    """What was measured beside the prediction of the plan that was followed, from the machine as it was measured."""
+def judged(result: dict[str, Any]) -> dict[str, Any]:
+    """What was measured beside the prediction of the plan that was followed, from the machine before and after."""
     setting, plan = Setting(**result["setting"]), Plan.from_json(result["plan"])
-    step = simulate_plan(
-        plan,
-        hardware,
-        setting.rows * setting.length,
-        setting.length,
-        num_micro_batches=-(-setting.rows // setting.micro_batch_size),
-    )
+    steps = [
+        simulate_plan(
+            plan,
+            HardwareProfile.from_json(hardware),
+            setting.rows * setting.length,
+            setting.length,
+            num_micro_batches=-(-setting.rows // setting.micro_batch_size),
+        )
+        for hardware in result["hardware"]
+    ]
     seconds, blocks = result["seconds"], plan.blocks
-    clean = [value for value, others in zip(seconds, result["others"], strict=True) if others <= MOST_OTHERS]
-    seconds = clean if len(clean) > 1 else seconds
-    measured = statistics.median(seconds)
+    predicted, measured = statistics.mean(step.seconds for step in steps), statistics.median(seconds)
     return {
         "setting": result["setting"],
         "durability": plan.durability,
         "kept_weights": sum(b.weights_in_host for b in blocks) / len(blocks),
         "kept_states": sum(b.states_in_host for b in blocks) / len(blocks),
         "late": sum(b.update_window == "forward" for b in blocks) / len(blocks),
-        "predicted_seconds": step.seconds,
+        "predicted_seconds": predicted,
+        "predictions": [step.seconds for step in steps],
         "measured_seconds": measured,
         "spread": (quantile(seconds, 0.75) - quantile(seconds, 0.25)) / 2 / measured,
-        "error": step.seconds / measured - 1,
-        "predicted_lanes": {lane: round(value, 4) for lane, value in step.lane_seconds.items()},
+        "error": predicted / measured - 1,
+        "predicted_lanes": {
+            lane: round(statistics.mean(step.lane_seconds[lane] for step in steps), 4) for lane in steps[0].lane_seconds
+        },
         "measured_lanes": {lane: round(value, 4) for lane, value in result["lanes"].items()},
     }
 
