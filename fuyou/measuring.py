@@ -7,6 +7,7 @@ here are a decoder layer, an update with its norm and checksums, transfers, and 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -38,7 +39,7 @@ from fuyou.hardware import (
 )
 from fuyou.memory import return_freed_memory
 from fuyou.plan import Activations
-from io_engine import BufferPool, Extent, PosixEngine, piece_digest, probe_directory
+from io_engine import BufferPool, DirectoryProbe, Extent, PosixEngine, piece_digest, probe_directory
 from optim import ShardLayout
 from optim.kernels import MOMENT_DTYPES, AdamWScalars, warm_up
 from optim.norm import TILE_ELEMENTS, tile_sums
@@ -66,11 +67,12 @@ class _Effort:
     """Of the layers that are timed, with their numbers of heads: a small one and one beyond every cache."""
     tokens: tuple[int, ...]
     """Of the micro-batches that they are timed with."""
-    seconds: float = 0.4
-    least_repeats: int = 3
-    """Of each of these; a slow machine takes longer, since each is repeated."""
-    together_seconds: float = 0.6
-    """For which works are repeated side by side."""
+    rounds: int = 3
+    """In which everything has its turn: machines, above all virtual ones, are faster and slower by turns of seconds."""
+    seconds: float = 0.15
+    """Of a round, for each of these; at least once however slow the machine is."""
+    together_seconds: float = 0.25
+    """Of a round, for which works are repeated side by side."""
     file_bytes: int = 256 * 2**20
     retry_until_seconds: float = 0.0
     """Of time.perf_counter: until then what was disturbed is measured again."""
@@ -79,7 +81,7 @@ class _Effort:
 EFFORTS = {
     "cpu": _Effort(((512, 8), (1536, 16)), (16, 64, 256)),
     "cuda": _Effort(((1024, 16), (4096, 32)), (256, 2048, 8192)),
-    "quick": _Effort(((64, 4), (128, 4)), (8, 32), 0.01, 1, 0.02, 64 * 2**20),
+    "quick": _Effort(((64, 4), (128, 4)), (8, 32), 1, 0.01, 0.02, 64 * 2**20),
 }
 """By kind of device; "quick" is for tests, whose plans need figures but not good ones."""
 
@@ -125,18 +127,18 @@ def measure_hardware(directories: Directories, device: str, compute_dtype: str =
     effort = _effort(device)
     if effort is not EFFORTS["quick"]:
         effort = dataclasses.replace(effort, retry_until_seconds=time.perf_counter() + MOST_RETRYING_SECONDS)
-    drives = [probe_directory(path, num_bytes=effort.file_bytes) for path in paths]
     num_workers = num_update_workers(device, num_cores())
     on_cpu = device == "cpu"
-    updates = {moments: _update_rate(effort, compute_dtype, moments, num_workers) for moments in MOMENT_DTYPES}
+    drives = _probe(paths, effort)
+    updates = _update_rates(effort, compute_dtype, num_workers)
     profile = HardwareProfile(
         device=device,
         num_cores=num_cores(),
         compute_flops_per_second=_product_rate(device, compute_dtype),
         adam_parameters_per_second=updates["float32"],
-        read_bytes_per_second=sum(drive.read_bytes_per_second for drive in drives),
-        write_bytes_per_second=sum(drive.write_bytes_per_second for drive in drives),
-        mixed_bytes_per_second=sum(drive.mixed_bytes_per_second for drive in drives),
+        read_bytes_per_second=0.0,
+        write_bytes_per_second=0.0,
+        mixed_bytes_per_second=0.0,
         host_memory_bytes=available_host_bytes(),
         io_reason="; ".join(dict.fromkeys(drive.reason for drive in drives)),
         link_bytes_per_second=0.0 if on_cpu else _link_rate(device),
@@ -151,8 +153,19 @@ def measure_hardware(directories: Directories, device: str, compute_dtype: str =
         measured_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         versions=versions_of(device),
     )
+    # At both ends: a drive, too, is not as fast all the time.
+    probes = [drives, _probe(paths, effort)]
+    rates = {
+        name: statistics.mean(sum(getattr(drive, name) for drive in probe) for probe in probes)
+        for name in ("read_bytes_per_second", "write_bytes_per_second", "mixed_bytes_per_second")
+    }
+    profile = dataclasses.replace(profile, **rates)
     keep_profile(profile, paths, device, compute_dtype)
     return profile
+
+
+def _probe(paths: Sequence[Path], effort: _Effort) -> list[DirectoryProbe]:
+    return [probe_directory(path, num_bytes=effort.file_bytes) for path in paths]
 
 
 # ---------------------------------------------------------------------------------------------------- compute
@@ -196,12 +209,19 @@ def _compute_samples(effort: _Effort, drive: Path, device: str, compute_dtype: s
         count = len(effort.widths) if available_host_bytes() >= LEAST_FREE_BYTES else 1
         for number, (width, num_heads) in enumerate(effort.widths[:count]):
             with _EngineLayer(Path(folder) / str(number), width, num_heads, device, compute_dtype, effort) as layer:
+                times: dict[tuple[int, Activations, str], list[float]] = collections.defaultdict(list)
+                for _, num_tokens, policy in itertools.product(range(effort.rounds), effort.tokens, POLICIES):
+                    found = undisturbed(effort, functools.partial(layer.times, num_tokens, policy, effort.seconds))
+                    for what, seconds in found.items():
+                        times[num_tokens, policy, what] += seconds
                 for num_tokens in effort.tokens:
-                    times: list[float] = []
-                    for policy in POLICIES:
-                        times += undisturbed(effort, functools.partial(layer.times, num_tokens, policy, effort))
                     multiplied = layer.num_parameters + num_tokens * width
-                    yield ComputeSample(multiplied, num_tokens, *times)
+                    middles = (
+                        statistics.mean(_middle(times[num_tokens, policy, what]))
+                        for policy in POLICIES
+                        for what in ("forward", "backward")
+                    )
+                    yield ComputeSample(multiplied, num_tokens, *middles)
 
 
 class _EngineLayer:
@@ -237,6 +257,7 @@ class _EngineLayer:
         self._evict = torch.ones(CACHE_BYTES // 4) if device == "cpu" else None
         layer = next(b for b in self._runtime.plan.blocks if b.kind == "layer")
         self._name, self.num_parameters = layer.name, layer.num_parameters
+        self._warm: set[tuple[int, Activations]] = set()
 
     def __enter__(self) -> _EngineLayer:
         return self
@@ -244,22 +265,23 @@ class _EngineLayer:
     def __exit__(self, *_: object) -> None:
         self._runtime.abandon()
 
-    def times(self, num_tokens: int, policy: Activations, effort: _Effort) -> list[float]:
-        """Median seconds of the layer's forward and backward spans of one of two micro-batches."""
+    def times(self, num_tokens: int, policy: Activations, least_seconds: float) -> dict[str, list[float]]:
+        """Seconds of the layer's "forward" and "backward" spans, each of one of two micro-batches."""
         import torch
 
         self._runtime.choose_activations({self._name: policy})
         ids = torch.arange(2 * num_tokens).reshape(2, num_tokens) % VOCABULARY
         found: dict[str, list[float]] = {"forward": [], "backward": []}
-        until = None
-        while until is None or len(found["forward"]) < 2 * effort.least_repeats or time.perf_counter() < until:
+        until = time.perf_counter() + least_seconds
+        while not found["forward"] or time.perf_counter() < until:
             if self._evict is not None:
                 self._evict += 1.0
             self._model(input_ids=ids, labels=ids).loss.backward()
             spans = self._runtime.take_spans()
             self._optimizer.zero_grad()
-            if until is None:  # the first pass finds out what there is to keep
-                until = time.perf_counter() + effort.seconds
+            if (num_tokens, policy) not in self._warm:  # the first pass finds out what there is to keep
+                self._warm.add((num_tokens, policy))
+                until = time.perf_counter() + least_seconds
                 continue
             for what, seconds in found.items():
                 seconds += [
@@ -267,7 +289,7 @@ class _EngineLayer:
                     for s in spans
                     if s.lane == "gpu" and s.name == f"layer 0 {what}"
                 ]
-        return [statistics.mean(_middle(found[what])) for what in ("forward", "backward")]
+        return found
 
 
 def _middle(values: Sequence[float]) -> list[float]:
@@ -309,7 +331,9 @@ def _embedding_gradient_rate(effort: _Effort, device: str, compute_dtype: str) -
         return table.weight.numel()
 
     work()
-    return statistics.median(undisturbed(effort, lambda: _timed(effort, work)))
+    return statistics.median(
+        rate for _ in range(effort.rounds) for rate in undisturbed(effort, lambda: _timed(effort, work))
+    )
 
 
 def _seconds_per_block(drive: Path, device: str, compute_dtype: str) -> float:
@@ -443,18 +467,24 @@ class _Updates:
         self._workers.shutdown()
 
 
-def _update_rate(effort: _Effort, compute_dtype: str, moment_dtype: str, num_workers: int) -> float:
-    """Parameters per second with all workers: the median of what fits into a part of a second."""
-    warm_up(moment_dtype)
-    with contextlib.closing(_Updates(compute_dtype, moment_dtype, num_workers)) as updates:
-        return statistics.median(undisturbed(effort, lambda: _timed(effort, updates)))
+def _update_rates(effort: _Effort, compute_dtype: str, num_workers: int) -> dict[str, float]:
+    """Parameters per second with all workers, by the data type of the moments: medians."""
+    rates: dict[str, list[float]] = {moments: [] for moments in MOMENT_DTYPES}
+    with contextlib.ExitStack() as stack:
+        works = {}
+        for moments in MOMENT_DTYPES:
+            warm_up(moments)
+            works[moments] = stack.enter_context(contextlib.closing(_Updates(compute_dtype, moments, num_workers)))
+        for _, (moments, work) in itertools.product(range(effort.rounds), works.items()):
+            rates[moments] += undisturbed(effort, functools.partial(_timed, effort, work))
+    return {moments: statistics.median(found) for moments, found in rates.items()}
 
 
 def _timed(effort: _Effort, work: Callable[[], float]) -> list[float]:
     """Units per second of some repeats."""
     rates: list[float] = []
     until = time.perf_counter() + effort.seconds
-    while len(rates) < 2 * effort.least_repeats or time.perf_counter() < until:
+    while len(rates) < 2 or time.perf_counter() < until:
         started = time.perf_counter()
         units = work()
         rates.append(units / (time.perf_counter() - started))
@@ -583,13 +613,14 @@ def _shares(
 ) -> None:
     """Add each work's share of its own speed, by the works that run beside it."""
     works = {**others, **compute}
-    alone: dict[str, float] = {}
-    for name, work in works.items():
-        alone |= undisturbed(effort, functools.partial(_rates, effort, {name: work}))
-    for count in range(2, len(works) + 1):
-        for names in itertools.combinations(sorted(works), count):
-            rates = undisturbed(effort, functools.partial(_rates, effort, {name: works[name] for name in names}))
-            found["+".join(names)] = {name: min(1.0, rates[name] / alone[name]) for name in names}
+    groups = [names for count in range(1, len(works) + 1) for names in itertools.combinations(sorted(works), count)]
+    rates: dict[tuple[tuple[str, ...], str], list[float]] = collections.defaultdict(list)
+    for _, names in itertools.product(range(effort.rounds), groups):
+        measure = functools.partial(_rates, effort, {name: works[name] for name in names})
+        for name, rate in undisturbed(effort, measure).items():
+            rates[names, name].append(rate)
+    for names in groups[len(works) :]:
+        found["+".join(names)] = {name: min(1.0, sum(rates[names, name]) / sum(rates[(name,), name])) for name in names}
 
 
 def _rates(effort: _Effort, works: Mapping[str, Callable[[], float]]) -> dict[str, float]:
