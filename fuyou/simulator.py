@@ -495,7 +495,7 @@ class _StepBuilder:
         if block.update_window == "backward":
             self._update(block, [weights, *waits])
             if block.gradient != "host":
-                self._gradient_ends.append((spilled, self._written[block.name]))
+                self._gradient_ends.append((spilled, self._updated[block.name]))
         else:
             self._gradients[block.name] = spilled
             if block.gradient == "spill":

@@ -624,14 +624,9 @@ class OffloadedAdamW(torch.optim.Optimizer):
         """Queue an update, which keeps the gradient's memory to its end."""
         slot = self._slots[layout.name]
         gradient: npt.NDArray[np.float32] | None = np.empty(0, np.float32)
-        done = on_done
+        give_up = None
         if held is not None:
             gradient, give_up = held.array, held.use()
-
-            def done() -> None:
-                give_up()
-                on_done()
-
         job = UpdateJob(
             layout,
             UpdateInputs(
@@ -645,7 +640,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 weight_to=self._store.extent(layout.weight_name, 1 - slot) if written else None,
                 resident_state=self._resident.get(layout.name),
                 wait_before=wait_before,
-                on_done=done,
+                on_gradient_used=give_up,
+                on_done=on_done,
             ),
         )
         self._updater.submit(job)

@@ -73,8 +73,11 @@ class UpdateInputs:
     resident_state: ResidentState | None = None
     wait_before: Sequence[Transfer] = ()
     """What must have arrived before `weights` can be updated."""
+    on_gradient_used: Callable[[], None] | None = None
+    """Called once, from any thread, when `gradient` is not in use any more, whether it went well or not: before the writes of
+    what was computed from it have ended."""
     on_done: Callable[[], None] | None = None
-    """Called once, from any thread, when nothing here is in use any more, whether it went well or not."""
+    """Called once, behind it, when nothing here is in use any more."""
 
 
 class UpdateJob:
@@ -92,6 +95,7 @@ class UpdateJob:
         self.refused_parameter: str | None = None
         """First parameter whose update gave NaN or infinity; the step must then not be committed."""
         self._inputs: UpdateInputs | None = inputs
+        self._on_gradient_used = inputs.on_gradient_used
         self._lock = threading.Lock()
         self._num_open = 1  # one for the pipeline itself, so that `done` waits for the last chunk
         self._weight_digests: list[int] = []
@@ -132,6 +136,13 @@ class UpdateJob:
             self.error = self.error or error.with_traceback(None)
         self.weights_ready.set()
 
+    def gradient_used(self) -> None:
+        """For the pipeline: nothing is computed from the gradient any more. Idempotent."""
+        with self._lock:
+            call, self._on_gradient_used = self._on_gradient_used, None
+        if call is not None:
+            call()
+
     def open_one(self) -> None:
         """For the pipeline: one more write that `done` waits for."""
         with self._lock:
@@ -149,6 +160,7 @@ class UpdateJob:
         self._inputs = None
         self.weights_ready.set()
         try:
+            self.gradient_used()
             if on_done is not None:
                 on_done()
         except BaseException as error:  # whoever waits must wake up, and hear of it
@@ -430,6 +442,8 @@ class ShardUpdater:
             job.weights_ready.set()
         shared.close_one()
         if last:
+            # Whoever waits for its memory need not wait for the drive.
+            job.gradient_used()
             job.close_one()
 
     def _start_writes(self, chunk: _Chunk, shared: _SharedBuffer) -> None:

@@ -85,6 +85,7 @@ class GradientSums:
                 continue
             with self._stopwatch.waiting(f"memory for the gradient of {shard}"):
                 gradient = self.optimizer.acquire_gradient(shard)
+            self._bound.stream.read_ahead()
             host = torch.from_numpy(gradient.array)
             self._open[shard] = _OpenGradient(gradient, self._device.gradient_sum(host))
 
@@ -129,6 +130,7 @@ class GradientSums:
 
     def _arrived(self, name: str, parameter: torch.Tensor) -> None:
         """A parameter's gradient is whole for one micro-batch: add it to the float32 sum and free it."""
+        self._bound.stream.read_ahead()
         shard, slot = self._slots[name]
         open_ = self._open.get(shard)
         assert isinstance(parameter, StreamedParameter)

@@ -119,6 +119,8 @@ class WeightStream:
         self._loaded: dict[str, LoadedShard] = {}
         self._visits: deque[str] = deque()
         self._lock = threading.RLock()
+        self._has_freed = False
+        """Whether a buffer has come back since the last attempt to read ahead."""
         self.optimizer: OffloadedAdamW | None = None
         sizes = sorted((layout.weight_bytes for layout in layouts.values()), reverse=True)
         # One is computed with while the next is on its way, and what borrows has two.
@@ -142,6 +144,12 @@ class WeightStream:
                 elif not self._stays_on_device(shard.layout.name):
                     self._leave_device(shard)
             self._prefetch()
+
+    def read_ahead(self) -> None:
+        """Use buffers that updates have given back since the last call here; from the thread that issues compute."""
+        if self._has_freed:
+            with InterruptsDeferred(), self._lock:
+                self._prefetch()
 
     def _soon(self) -> list[str]:
         """The shards of the next visits that are not in memory for good, as many as are read ahead."""
@@ -351,6 +359,7 @@ class WeightStream:
         shard.uploaded()
         if shard.buffer is not None:
             shard.buffer.release()
+            self._has_freed = True
             # What they refer to is another shard's memory from here on.
             shard.buffer = shard.transfer = shard.job = None
 
@@ -384,6 +393,7 @@ class WeightStream:
         Weights that stayed in memory take no buffer: their pending updates begin however far off the visits are. But
         behind one that must be read first, and cannot be yet, none begins: compute will wait for that one sooner.
         """
+        self._has_freed = False  # before the attempts: what comes back in between is tried again
         soon, may_read, may_update = set(self._soon()), True, True
         for name in dict.fromkeys(self._visits):
             shard = self._loaded.get(name)

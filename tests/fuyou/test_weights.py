@@ -121,6 +121,28 @@ def test_backward_is_read_ahead_during_forward(streamed: Streamed) -> None:
     assert streamed.num_reads() == 5
 
 
+def test_what_an_update_gives_back_is_read_into_while_compute_goes_on() -> None:
+    """Its memory comes back from another thread, at a moment when nobody asks for weights."""
+    streamed = Streamed(num_buffers=2)
+    stream = streamed.stream
+    stream.announce([*"abc"])
+    updated = stream.acquire("a")
+    stream.hand_over(updated)
+    computed = stream.acquire("b")
+    stream.read_ahead()
+    assert streamed.num_reads() == 2  # "a" is being updated in one, compute has the other
+    with ThreadPoolExecutor(1) as other:
+        other.submit(stream.end_use, updated).result()
+    assert streamed.num_reads() == 2
+    stream.read_ahead()
+    assert streamed.num_reads() == 3
+    stream.release(computed)
+    assert streamed.visit("c") == 2
+    stream.close()
+    assert streamed.pool.used_bytes == 0
+    streamed.pool.close()
+
+
 def test_what_was_read_ahead_for_nothing_is_given_back(streamed: Streamed) -> None:
     streamed.stream.announce([*"abc"])
     streamed.visit("a")

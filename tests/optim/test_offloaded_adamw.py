@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 
-from io_engine import BudgetError, ByteArray, Engine, Extent, PosixEngine, Store, Transfer
+from io_engine import BudgetError, ByteArray, Engine, Extent, MockEngine, PosixEngine, Store, Transfer
 from optim import NonFiniteUpdateError, OffloadedAdamW, StepResult
 from tests.optim.harness import (
     SHAPES,
@@ -1042,6 +1042,33 @@ def test_a_gradient_that_never_arrives(window: Window, lazy: LazyDrive, tmp_path
     assert trainer.optimizer.is_written("epilogue") == (window != "backward")
     assert not trainer.optimizer._jobs  # nothing is begun after a failure
     assert trainer.store.step == 0
+    trainer.close()
+
+
+def test_a_gradients_memory_does_not_wait_for_what_is_written(tmp_path: Path) -> None:
+    """The next block's backward pass may have it as soon as the last record is computed; the weights' memory is in use."""
+    engine = MockEngine(write_bytes_per_second=1e3)
+    trainer = Trainer(tmp_path / "s", engine, window="backward", num_records=8)
+    trainer.optimizer.begin_backward()
+    given_back: list[int] = []
+    gradient = trainer.optimizer.acquire_gradient("layers.1")
+    gradient.array[:] = 0
+    gradient.arrived.add("l1.bias")
+    buffer, array, transfer = trainer._read("layers.1")
+    transfer.wait()
+    trainer.optimizer.gradient_complete(gradient, array, wait=lambda: None, on_done=lambda: given_back.append(1))
+    # Virtual time stands still while nobody waits for a write.
+    until = time.monotonic() + 20
+    while trainer.gradients.used_bytes and time.monotonic() < until:
+        time.sleep(0.001)
+    assert trainer.gradients.used_bytes == 0
+    assert engine.num_under_way > 0
+    assert given_back == []
+    engine.run_all()
+    trainer.optimizer.step()
+    trainer.optimizer.flush()
+    assert given_back == [1]
+    buffer.release()
     trainer.close()
 
 
