@@ -83,8 +83,8 @@ PLAN_SETTINGS = (
     Setting("85M", 2, 40, 2, "600MiB"),
     Setting("85M", 4, 64, 1, "400MiB", moment_dtype="int8"),
 )
-MOST_PLANS = 4
-"""Of the hand-made ones, those with the best predictions."""
+MOST_PLANS, ROUNDS = 4, 3
+"""Of the hand-made ones, those with the best predictions; each, and the chosen one, in so many turns."""
 
 
 def main() -> int:
@@ -128,7 +128,7 @@ def main() -> int:
 
 
 def measure(chosen: list[Setting], options: argparse.Namespace, folder: Path, found: dict[str, Any]) -> None:
-    """Run the settings, with the machine measured before the first and after each."""
+    """Run the settings, with the machine measured before the first and, where predictions are judged, after each."""
     raw: list[dict[str, Any]] = []
     before = fuyou.measure_hardware(folder, "cpu", "float32")
     for setting in chosen:
@@ -136,14 +136,13 @@ def measure(chosen: list[Setting], options: argparse.Namespace, folder: Path, fo
             found[setting.name] = compare_plans(setting, folder, before)
         else:
             raw.append(compare(setting, folder, before))
-        after = fuyou.measure_hardware(folder, "cpu", "float32")
-        if not options.plans:
+            after = fuyou.measure_hardware(folder, "cpu", "float32")
             raw[-1]["hardware"] = [before.to_json(), after.to_json()]
+            before = after
             found[setting.name] = judged(raw[-1])
             if options.raw is not None:
                 options.raw.write_text(json.dumps(raw))
         print(setting.name, json.dumps(found[setting.name]), flush=True)
-        before = after
 
 
 def config_of(setting: Setting) -> LlamaConfig:
@@ -298,13 +297,14 @@ def compare_plans(setting: Setting, folder: Path, hardware: Any) -> dict[str, An
         if plan.blocks != chosen.blocks or plan.prefetch_depth != chosen.prefetch_depth
     }
     best = sorted(others, key=lambda name: predicted(others[name]))[:MOST_PLANS]
-    found: dict[str, Any] = {}
-    for name, plan in {"chosen": chosen, **{name: others[name] for name in best}}.items():
-        seconds = [step["seconds"] for step in steps_of(setting, offload, plan, most_seconds=SECONDS / 2)]
-        found[name] = {"predicted_seconds": predicted(plan), "measured_seconds": statistics.median(seconds)}
-    # Once more, since the drive's rate may have changed meanwhile.
-    again = [step["seconds"] for step in steps_of(setting, offload, chosen, most_seconds=SECONDS / 2)]
-    found["chosen"]["again_seconds"] = statistics.median(again)
+    plans = {"chosen": chosen} | {name: others[name] for name in best}
+    medians: dict[str, list[float]] = {name: [] for name in plans}
+    for number in range(ROUNDS):
+        # Forwards and backwards, so that a machine that becomes faster or slower does so for all.
+        for name in list(plans)[:: 1 if number % 2 == 0 else -1]:
+            steps = steps_of(setting, offload, plans[name], most_seconds=SECONDS / 8)
+            medians[name].append(statistics.median(step["seconds"] for step in steps))
+    found = {name: {"predicted_seconds": predicted(plan), "seconds": medians[name]} for name, plan in plans.items()}
     return {"setting": dataclasses.asdict(setting), "durability": chosen.durability, "plans": found}
 
 
@@ -349,20 +349,29 @@ def table(found: dict[str, Any]) -> Iterator[str]:
 
 def plans_table(found: dict[str, Any]) -> Iterator[str]:
     """The chosen plan beside the fastest other one."""
-    columns = "model|rows x tokens, micro-batches|host_memory|moments|chosen plan, twice|fastest other|its seconds|of the chosen"
+    columns = (
+        "model|rows x tokens, micro-batches|host_memory|moments|chosen plan|fastest other|its seconds|of the chosen"
+    )
     yield from header(columns)
     for result in found.values():
         s = Setting(**result["setting"])
-        chosen = result["plans"]["chosen"]
-        others = {name: plan for name, plan in result["plans"].items() if name != "chosen"}
-        name = min(others, key=lambda name: others[name]["measured_seconds"])
-        fastest = others[name]["measured_seconds"]
-        ours = (chosen["measured_seconds"] + chosen["again_seconds"]) / 2
+        chosen = result["plans"]["chosen"]["seconds"]
+        others = {name: plan["seconds"] for name, plan in result["plans"].items() if name != "chosen"}
+        # Round by round, since the machine is not as fast in each.
+        shares = {
+            name: statistics.median(b / a for a, b in zip(chosen, seconds, strict=True))
+            for name, seconds in others.items()
+        }
+        name = min(shares, key=lambda name: shares[name])
         yield (
             f"| {s.size} | {s.rows} x {s.length}, {-(-s.rows // s.micro_batch_size)} | {s.host_memory} | {s.moment_dtype} | "
-            f"{chosen['measured_seconds']:.3f} s, {chosen['again_seconds']:.3f} s | {name} (of {len(others)}) | {fastest:.3f} s | "
-            f"{fastest / ours:.2f} |"
+            f"{spread(chosen)} | {name} (of {len(others)}) | {spread(others[name])} | {shares[name]:.2f} |"
         )
+
+
+def spread(seconds: list[float]) -> str:
+    """The median, with least and most."""
+    return f"{statistics.median(seconds):.3f} s ({min(seconds):.3f} to {max(seconds):.3f})"
 
 
 def replace_between(path: Path, kind: str, text: str) -> None:
