@@ -75,7 +75,7 @@ class _Effort:
     """Of a round, for which works are repeated side by side."""
     file_bytes: int = 256 * 2**20
     retry_until_seconds: float = 0.0
-    """Of time.perf_counter: until then what was disturbed is measured again."""
+    """Of time.perf_counter: until then what was disturbed is measured again, and layers have another round."""
 
 
 EFFORTS = {
@@ -93,8 +93,8 @@ def _effort(device: str) -> _Effort:
     return EFFORTS["cpu" if device == "cpu" else "cuda"]
 
 
-MOST_OTHERS, MOST_RETRYING_SECONDS = 0.1, 40.0
-"""Share of the cores that other processes may have taken during a measurement, and how long into it all one is repeated."""
+MOST_OTHERS, MOST_RETRYING_SECONDS = 0.1, 35.0
+"""Share of the cores that other processes may have taken during a measurement, and how long into it all any is repeated."""
 _Result = TypeVar("_Result")
 
 
@@ -210,7 +210,9 @@ def _compute_samples(effort: _Effort, drive: Path, device: str, compute_dtype: s
         for number, (width, num_heads) in enumerate(effort.widths[:count]):
             with _EngineLayer(Path(folder) / str(number), width, num_heads, device, compute_dtype, effort) as layer:
                 times: dict[tuple[int, Activations, str], list[float]] = collections.defaultdict(list)
-                for _, num_tokens, policy in itertools.product(range(effort.rounds), effort.tokens, POLICIES):
+                for number, num_tokens, policy in itertools.product(range(effort.rounds), effort.tokens, POLICIES):
+                    if number > 0 and time.perf_counter() > effort.retry_until_seconds:
+                        break
                     found = undisturbed(effort, functools.partial(layer.times, num_tokens, policy, effort.seconds))
                     for what, seconds in found.items():
                         times[num_tokens, policy, what] += seconds
