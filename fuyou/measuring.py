@@ -210,8 +210,8 @@ def _compute_samples(effort: _Effort, drive: Path, device: str, compute_dtype: s
         for number, (width, num_heads) in enumerate(effort.widths[:count]):
             with _EngineLayer(Path(folder) / str(number), width, num_heads, device, compute_dtype, effort) as layer:
                 times: dict[tuple[int, Activations, str], list[float]] = collections.defaultdict(list)
-                for number, num_tokens, policy in itertools.product(range(effort.rounds), effort.tokens, POLICIES):
-                    if number > 0 and time.perf_counter() > effort.retry_until_seconds:
+                for turn, num_tokens, policy in itertools.product(range(effort.rounds), effort.tokens, POLICIES):
+                    if turn > 0 and time.perf_counter() > effort.retry_until_seconds:
                         break
                     found = undisturbed(effort, functools.partial(layer.times, num_tokens, policy, effort.seconds))
                     for what, seconds in found.items():

@@ -85,9 +85,10 @@ class GradientSums:
                 continue
             with self._stopwatch.waiting(f"memory for the gradient of {shard}"):
                 gradient = self.optimizer.acquire_gradient(shard)
-            self._bound.stream.read_ahead()
             host = torch.from_numpy(gradient.array)
             self._open[shard] = _OpenGradient(gradient, self._device.gradient_sum(host))
+            # Behind it: Ctrl-C may come here, and what is open is given back then.
+            self._bound.stream.read_ahead()
 
     def complete(self, name: str) -> None:
         """All micro-batches are through: the shard's gradient and its weights go to the optimizer."""

@@ -45,10 +45,9 @@ OPTIONS = [
 ]
 
 # Elsewhere torch's compiler contracts other operations, or none; the kernels compute the same everywhere.
-needs_torch_with_fma = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"),
-    reason=f"torch's fused Adam rounds differently on a {torch.backends.cpu.get_cpu_capability()} CPU",
-)
+CPU = torch.backends.cpu.get_cpu_capability()
+REASON = f"torch's fused Adam rounds differently on a {CPU} CPU"
+needs_torch_with_fma = pytest.mark.skipif(CPU not in ("AVX2", "AVX512"), reason=REASON)
 
 
 @pytest.fixture(params=[1, 2], ids=["1-thread", "2-threads"])
