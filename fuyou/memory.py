@@ -7,6 +7,7 @@ import ctypes
 import os
 import threading
 import time
+from collections.abc import Iterator
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -23,6 +24,12 @@ def anonymous_bytes() -> int:
 
 LARGE_BLOCK_BYTES = 2**20
 """From this size on, what torch frees goes back to the system at once."""
+_KEPT_BLOCK_BYTES = 32 * 2**20
+"""The most that glibc takes for it."""
+_KEPT_TOP_BYTES = 2**30
+_USUAL_TOP_BYTES = 128 * 2**10
+"""glibc's own: free memory at the heap's end from which on it is given back."""
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
 def return_freed_memory() -> bool:
@@ -30,12 +37,45 @@ def return_freed_memory() -> bool:
 
     Left alone, glibc raises this limit up to 32 MiB after the first such block is freed. A layer's temporaries then
     come from the heap, which fragments and only grows: with 24 layers of 7M parameters by 100 MiB, with more layers by
-    more. The price, page faults for large temporaries, did not show in step times. Concerns the whole process, so it is
-    called when a model is opened, not at import.
+    more. Concerns the whole process, so it is called when a model is opened, not at import.
     """
-    mmap_threshold = -3  # M_MMAP_THRESHOLD of <malloc.h>
+    return _set(_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+
+
+class FreedMemory:
+    """Lets the process keep what torch frees while there is room for it: memory that is mapped anew costs page faults.
+
+    Half of the kernel's time of a step on a CPU without it. Where `limit_bytes` is None, or without glibc, nothing is kept.
+    """
+
+    def __init__(self) -> None:
+        self.limit_bytes: int | None = None
+        """Anonymous memory of the process above which everything freed goes back."""
+
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside, freed blocks stay in the heap until `return_excess` finds too much of them."""
+        if self.limit_bytes is None or not _set(_MMAP_THRESHOLD, _KEPT_BLOCK_BYTES):
+            yield
+            return
+        try:
+            _set(_TRIM_THRESHOLD, _KEPT_TOP_BYTES)
+            yield
+        finally:
+            _set(_TRIM_THRESHOLD, _USUAL_TOP_BYTES)
+            return_freed_memory()
+            self.return_excess()
+
+    def return_excess(self) -> None:
+        """Give all that is free back if the process is above the limit; called when a block's temporaries are free."""
+        if self.limit_bytes is not None and anonymous_bytes() > self.limit_bytes:
+            with contextlib.suppress(OSError, AttributeError):
+                ctypes.CDLL(None).malloc_trim(0)
+
+
+def _set(parameter: int, value: int) -> bool:
     with contextlib.suppress(OSError, AttributeError):
-        return bool(ctypes.CDLL(None).mallopt(mmap_threshold, LARGE_BLOCK_BYTES))
+        return bool(ctypes.CDLL(None).mallopt(parameter, value))
     return False
 
 

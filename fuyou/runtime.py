@@ -192,6 +192,8 @@ class Runtime:
         self._build_pools()
         self._take_over_model()
         self._meter = MemoryMeter()
+        if device == "cpu":  # temporaries of a GPU's compute are not here
+            self._executor.freed_memory.limit_bytes = self._meter.start_bytes + self.plan.host_memory_bytes
 
     # --- what users call -----------------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from fuyou.building import placeholder
 from fuyou.errors import ModelError
 from fuyou.executor.stopwatch import Stopwatch
 from fuyou.executor.weights import LoadedShard, WeightStream
+from fuyou.memory import FreedMemory
 from optim import ShardLayout
 
 
@@ -41,9 +42,10 @@ class BoundWeights:
         layouts: Mapping[str, ShardLayout],
         blocks: Mapping[str, Block],
         stopwatch: Stopwatch,
+        freed: FreedMemory,
     ) -> None:
         self._parameters, self._layouts, self._blocks = parameters, dict(layouts), blocks
-        self._stopwatch = stopwatch
+        self._stopwatch, self._freed = stopwatch, freed
         self.stream: WeightStream
         """Where they come from."""
         self._bound: dict[str, tuple[LoadedShard, int]] = {}
@@ -71,6 +73,7 @@ class BoundWeights:
         finally:
             for shard in bound:
                 self._unbind(shard)
+            self._freed.return_excess()
 
     def bind(self, name: str) -> None:
         """Once more; blocks until the weights are there."""

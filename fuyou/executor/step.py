@@ -34,6 +34,7 @@ from fuyou.executor.record import ForwardRecord, MicroBatch, Output, Root, is_fl
 from fuyou.executor.stopwatch import Stopwatch
 from fuyou.executor.torch_state import TorchState, micro_batch_seed
 from fuyou.executor.weights import WeightStream
+from fuyou.memory import FreedMemory
 from fuyou.plan import Activations
 from fuyou.trace import Trace
 from optim import OffloadedAdamW, ShardLayout
@@ -61,7 +62,8 @@ class StepExecutor:
         self._device, self._seed = device, seed
         self._stopwatch, self._state = Stopwatch(device, trace), TorchState(device.torch_device)
         self._activations: ActivationStore
-        self._bound = BoundWeights(parameters, layouts, by_name, self._stopwatch)
+        self.freed_memory = FreedMemory()
+        self._bound = BoundWeights(parameters, layouts, by_name, self._stopwatch, self.freed_memory)
         self._gradients = GradientSums(parameters, layouts, by_name, self._bound, device, self._stopwatch)
         self._forward = ForwardSweep(
             model,
@@ -233,7 +235,7 @@ class StepExecutor:
         self.check(record)
         self._forward.record = None
         try:
-            with contextlib.ExitStack() as prologue_held, self._device.current():
+            with contextlib.ExitStack() as prologue_held, self._device.current(), self.freed_memory.kept():
                 self._backward.run(record, scale, gradients, prologue_held)
         except BaseException:
             self._bound.stream.announce(())
@@ -311,7 +313,7 @@ class StepExecutor:
         try:
             if record is not None:
                 self._forward.record = record
-            with self._forward.running(micro_batches, training=record is not None):
+            with self._forward.running(micro_batches, training=record is not None), self.freed_memory.kept():
                 yield
         except BaseException:
             # What was read ahead would be older than a step that comes before its next use.
