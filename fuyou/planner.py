@@ -486,10 +486,12 @@ def _kept_on_device(shards: Sequence[ShardSize], room_bytes: int, tokens_at_once
     return frozenset(kept)
 
 
-def traffic(blocks: Sequence[BlockPlan], commit_every_steps: int = 1) -> tuple[int, int]:
+def traffic(
+    blocks: Sequence[BlockPlan], commit_every_steps: int = 1, num_micro_batches: int | None = None
+) -> tuple[int, int]:
     """Bytes that a steady step reads from and writes to the drive, spilled activations left out; no step is clipped.
 
-    Where not every step is written, its share of one that is.
+    Where not every step is written, its share of one that is. `num_micro_batches` None: not known.
     """
     read = written = 0
     for block in blocks:
@@ -498,8 +500,9 @@ def traffic(blocks: Sequence[BlockPlan], commit_every_steps: int = 1) -> tuple[i
             read += 0 if block.states_in_host else block.state_bytes
             written += (block.weight_bytes + block.state_bytes) // commit_every_steps
             if block.gradient == "spill":
-                written += block.gradient_bytes
-                read += block.gradient_bytes if block.update_window == "forward" else 0
+                spilled_bytes = block.spilled_bytes(num_micro_batches or 2)
+                written += spilled_bytes
+                read += spilled_bytes if block.update_window == "forward" else 0
     return read, written
 
 
@@ -527,7 +530,9 @@ def predict(
         sequence_length=sequence_length,
         buffers=buffers,
     )
-    return Prediction(step.seconds, step.lane_seconds, step.limiting_lane, *traffic(blocks, commit_every_steps))
+    return Prediction(
+        step.seconds, step.lane_seconds, step.limiting_lane, *traffic(blocks, commit_every_steps, num_micro_batches)
+    )
 
 
 def predict_plan(

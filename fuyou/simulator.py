@@ -490,7 +490,7 @@ class _StepBuilder:
         waits = [gradient] if self._last_spill is None else [gradient, self._last_spill]
         spilled = gradient
         if block.gradient == "spill":
-            seconds = block.gradient_bytes / self._hardware.write_bytes_per_second
+            seconds = block.spilled_bytes(self._micro_batches) / self._hardware.write_bytes_per_second
             spilled = self._last_spill = self._add("ssd_write", f"{block.name} gradient", seconds, waits)
         if block.update_window == "backward":
             self._update(block, [weights, *waits])
@@ -506,7 +506,7 @@ class _StepBuilder:
         hardware = self._hardware
         read_bytes = 0 if block.states_in_host else block.state_bytes
         if block.gradient == "spill" and block.update_window == "forward":
-            read_bytes += block.gradient_bytes
+            read_bytes += block.spilled_bytes(self._micro_batches)
         most = min(MOST_PIECES, max(2, MOST_PIECES_OF_STEP // len(self._blocks)))
         pieces = min(most, -(-block.num_parameters // RECORD_PARAMETERS))
         read_seconds = read_bytes / pieces / hardware.read_bytes_per_second

@@ -6,12 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from io_engine import BudgetError, Buffer, BufferPool, Engine, Extent, Store
+from io_engine import ALIGNMENT_BYTES, BudgetError, Buffer, BufferPool, Engine, Extent, Store, round_up
+from io_engine.buffers import size_class_bytes
+from optim.kernels import narrow_gradient, widen_gradient
 from optim.layout import ParameterSlot, ShardLayout
 from optim.norm import TILE_ELEMENTS, parameter_sum, tile_sums
 from optim.updater import Recorder, ShardUpdater
@@ -22,6 +24,9 @@ began in the backward pass is through; it can then neither be clipped nor added 
 
 _PIECE_ELEMENTS = 32 * TILE_ELEMENTS
 """Elements that one worker measures at a time: 8 MiB, so that workers share a large parameter evenly."""
+
+_TRIED_ELEMENTS = 4096
+"""Of a gradient, to see whether more bits than bfloat16's are in it."""
 
 _PATIENCE_SECONDS = 0.5
 """How long to wait for a buffer before looking whether one can come at all."""
@@ -58,10 +63,17 @@ class HeldGradient:
         self.sums = sums
         """Sum of squares of each parameter's gradient, as `optim.norm` defines it."""
         self.extent: Extent | None = None
+        self.extent_dtype: type[np.generic] = np.float32
+        """Of what is spilled: np.uint16 for bits of bfloat16."""
         self._gradient: ShardGradient | None = gradient
         self._buffer = gradient.buffer
         self._lock = threading.Lock()
         self._num_users = 1
+
+    @property
+    def spilled_bytes(self) -> int:
+        """What it takes in a scratch file."""
+        return _spilled_bytes(self.layout, self.extent_dtype)
 
     @property
     def array(self) -> npt.NDArray[np.float32] | None:
@@ -264,7 +276,7 @@ class GradientIntake:
         else:
             assert earlier.extent is not None
             for chunk in range(layout.num_chunks):
-                offset, num_bytes = layout.gradient_range(chunk)
+                offset, num_bytes = layout.gradient_range(chunk, earlier.extent_dtype)
                 with self._records.acquire(num_bytes) as staging:
                     array = staging.array[:num_bytes]
                     self._engine.read(earlier.extent.sub(offset, num_bytes), array).wait()
@@ -272,10 +284,12 @@ class GradientIntake:
                         layout,
                         gradient,
                         earlier.arrived,
-                        array.view(np.float32),
+                        array.view(np.float32)
+                        if earlier.extent_dtype is np.float32
+                        else widen_gradient(array.view(np.uint16)),
                         layout.chunk_range(chunk)[0],
                     )
-            self.bytes_spilled += layout.gradient_bytes
+            self.bytes_spilled += earlier.spilled_bytes
         gradient.arrived |= earlier.arrived
 
     def _add_range(
@@ -321,7 +335,51 @@ class GradientIntake:
         if extent is None:  # asked for once: the store answers only between commits
             extent = self._store.scratch(f"{layout.name}/gradient", layout.gradient_bytes)
             self._extents[layout.name] = extent
-        self._engine.write(extent, held.array.view(np.uint8)).wait()
-        self.bytes_spilled += layout.gradient_bytes
+        if self._spill_narrow(held, extent):
+            held.extent_dtype = np.uint16
+        else:
+            self._engine.write(extent, held.array.view(np.uint8)).wait()
+        self.bytes_spilled += held.spilled_bytes
         held.extent = extent
         held.release()
+
+    def _spill_narrow(self, held: HeldGradient, extent: Extent) -> bool:
+        """Spill half of the bytes if nothing is lost; False, and whatever in the extent, if something would be.
+
+        The gradient of one micro-batch computed in bfloat16 is one: a sum with nothing has no more bits. Through a buffer of
+        the records' pool, of the size that its other buffers have, since an update may be reading the gradient itself.
+        """
+        layout, gradient = held.layout, held.array
+        assert gradient is not None
+        arrived = [p for p in layout.parameters if p.name in held.arrived]  # the rest is undefined
+        few = gradient[arrived[0].start : arrived[0].stop][:_TRIED_ELEMENTS]
+        if layout.compute_dtype != "bfloat16" or not narrow_gradient(few, np.empty(few.size, np.uint16)):
+            return False
+        staging_bytes = layout.full_record_bytes
+        if size_class_bytes(staging_bytes) > self._records.budget_bytes:  # all states are kept in memory
+            staging_bytes = layout.gradient_range(0)[1]
+        # Whole pages: chunks begin at them.
+        num_at_once = max(1, staging_bytes // layout.gradient_range(0, np.uint16)[1]) * layout.chunk_elements
+        with self._records.acquire(staging_bytes) as staging:
+            for start in range(0, layout.num_elements, num_at_once):
+                stop = min(start + num_at_once, layout.num_elements)
+                narrowed = staging.array[: round_up(2 * (stop - start), ALIGNMENT_BYTES)]
+                pieces = [
+                    (a, min(a + _PIECE_ELEMENTS, p.stop, stop))
+                    for p in arrived
+                    for a in range(max(p.start, start), min(p.stop, stop), _PIECE_ELEMENTS)
+                ]
+                bits = narrowed.view(np.uint16)
+
+                def narrow(piece: tuple[int, int], bits: Any = bits, start: int = start) -> bool:
+                    return narrow_gradient(gradient[piece[0] : piece[1]], bits[piece[0] - start : piece[1] - start])
+
+                if not all(self._updater.map(narrow, pieces)):
+                    return False
+                self._engine.write(extent.sub(2 * start, narrowed.size), narrowed).wait()
+        return True
+
+
+def _spilled_bytes(layout: ShardLayout, dtype: type[np.generic]) -> int:
+    offset, num_bytes = layout.gradient_range(layout.num_chunks - 1, dtype)
+    return offset + num_bytes

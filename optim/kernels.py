@@ -24,6 +24,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from optim.kernels_compile import compiled, inlined
 from optim.kernels_intrinsics import count_from, high_half, join_halves, low_half, scratch, widen
@@ -75,10 +76,12 @@ __all__ = [
     "encode_moments_bfloat16",
     "encode_moments_int8",
     "join_master",
+    "narrow_gradient",
     "num_moment_blocks",
     "split_master",
     "stochastic_key",
     "warm_up",
+    "widen_gradient",
 ]
 
 
@@ -128,6 +131,19 @@ def _split(p: Float32Array, high: UInt16Array, low: UInt16Array) -> np.int32:
         low[i] = low_half(value)
         num_refused = count_from(num_refused, value, OVERFLOWING_HIGH_BITS)
     return num_refused
+
+
+@compiled
+def _narrow(values: NDArray[np.uint32], narrowed: UInt16Array) -> bool:
+    # Tile by tile, so that values with more bits are found out at the first one.
+    for start in range(0, values.size, TILE_ELEMENTS):
+        lost = np.uint32(0)
+        for i in range(start, min(start + TILE_ELEMENTS, values.size)):
+            lost |= values[i] & np.uint32(0xFFFF)
+            narrowed[i] = values[i] >> np.uint32(16)
+        if lost:
+            return False
+    return True
 
 
 @compiled
@@ -198,15 +214,32 @@ def join_master(high: UInt16Array, low: UInt16Array, p: Float32Array) -> None:
     _join(high, low, p)
 
 
-def warm_up(moment_dtype: str = "float32") -> None:
+def narrow_gradient(g: Float32Array, narrowed: UInt16Array) -> bool:
+    """Write the bits of g: float32[n], each of which is a bfloat16, to narrowed: uint16[n]; False if one is none.
+
+    What is written then is of no use. Blocks, without the GIL. ValueError as in `adamw_split`.
+    """
+    check_arrays(g.size, (np.float32,), g=g)
+    check_arrays(g.size, (np.uint16,), narrowed=narrowed)
+    return bool(_narrow(g.view(np.uint32), narrowed))
+
+
+def widen_gradient(narrowed: UInt16Array) -> Float32Array:
+    """What `narrow_gradient` was given, in new memory: uint16[n] -> float32[n]."""
+    return np.left_shift(narrowed, 16, dtype=np.uint32).view(np.float32)
+
+
+def warm_up(moment_dtype: str = "float32", *, narrow_gradients: bool = False) -> None:
     """Compile the kernels for such moments, or load them from numba's cache, so that no first step pays for it.
 
-    For gradients in float32. Takes seconds the first time on a machine. Never fails for want of a place to keep
-    the machine code. ValueError for a format that is not in MOMENT_DTYPES.
+    For gradients in float32, with `narrow_gradients` for those in bfloat16. Takes seconds the first time on a machine. Never
+    fails for want of a place to keep the machine code. ValueError for a format that is not in MOMENT_DTYPES.
     """
     n = MOMENT_BLOCK_ELEMENTS
     high, low = np.zeros(n, np.uint16), np.zeros(n, np.uint16)
-    p, g = np.zeros(n, np.float32), np.zeros(n, np.float32)
+    p = np.zeros(n, np.float32)
+    g: Any = np.zeros(n, np.uint16 if narrow_gradients else np.float32)
+    narrow_gradient(p, low)
     scalars = AdamWScalars.at_step(1e-3, 0.9, 0.999, 1e-8, 0.0, step=1)
     split_master(p, high, low)
     join_master(high, low, p)

@@ -194,10 +194,11 @@ class ShardLayout:
         start, stop = self.chunk_range(chunk)
         return start * self.weight_itemsize, round_up((stop - start) * self.weight_itemsize, ALIGNMENT_BYTES)
 
-    def gradient_range(self, chunk: int) -> tuple[int, int]:
-        """Byte offset and bytes of a chunk in the float32 gradient."""
+    def gradient_range(self, chunk: int, dtype: type[np.generic] = np.float32) -> tuple[int, int]:
+        """Byte offset and bytes of a chunk in the gradient."""
         start, stop = self.chunk_range(chunk)
-        return start * 4, round_up((stop - start) * 4, ALIGNMENT_BYTES)
+        itemsize = np.dtype(dtype).itemsize
+        return start * itemsize, round_up((stop - start) * itemsize, ALIGNMENT_BYTES)
 
     @property
     def weight_piece_bytes(self) -> int:

@@ -125,8 +125,14 @@ class OffloadedAdamW(torch.optim.Optimizer):
             },
         )
         check_room(records, shards, self._waiting, self._resident.keys())
-        for moment_dtype in {shard.moment_dtype for shard in shards}:
-            kernels.warm_up(moment_dtype)
+        formats = {(shard.moment_dtype, False) for shard in shards}
+        formats |= {
+            (shard.moment_dtype, shard.compute_dtype == "bfloat16")
+            for shard in shards
+            if self._waiting[shard.name] == "spill"
+        }
+        for moment_dtype, narrow_gradients in formats:
+            kernels.warm_up(moment_dtype, narrow_gradients=narrow_gradients)
         norm.warm_up()
         self._max_grad_norm = max_grad_norm
         self._seed = seed
@@ -239,9 +245,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
             if skipped is None:
                 self._clipped.append(scale < 1.0)
                 self._accept(updates, scale, redone)
-                bytes_spilled += sum(
-                    p.held.layout.gradient_bytes for p in self._pending.values() if p.held and p.held.extent
-                )
+                bytes_spilled += sum(p.held.spilled_bytes for p in self._pending.values() if p.held and p.held.extent)
             else:
                 self._counts.num_skipped += 1
                 self._void()
@@ -633,6 +637,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 weights=weights,
                 gradient=gradient,
                 gradient_extent=held.extent if held is not None and gradient is None else None,
+                gradient_extent_dtype=np.float32 if held is None else held.extent_dtype,
                 updates=updates,
                 gradient_scale=gradient_scale,
                 state_from=self._store.extent(layout.state_name, slot),

@@ -41,7 +41,7 @@ class ParameterUpdate:
 def update_part(
     weights: npt.NDArray[Any],
     part: ChunkViews,
-    gradient: Float32Array,
+    gradient: npt.NDArray[Any],
     update: ParameterUpdate,
     gradient_scale: float,
     *,
@@ -49,7 +49,8 @@ def update_part(
 ) -> int:
     """Update elements `first_element` and following of a parameter in place; returns how many must be refused.
 
-    `weights`: float32 masters, or their high halves as uint16 where `part` has low ones. Blocks, without the GIL.
+    `weights`: float32 masters, or their high halves as uint16 where `part` has low ones; `gradient`: float32, or uint16 the
+    bits of bfloat16. Blocks, without the GIL.
     """
     scalars, counter = update.scalars, (update.key, first_element)
     if part.m_scales is not None:

@@ -16,7 +16,7 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -63,6 +63,8 @@ class UpdateInputs:
     gradient: npt.NDArray[np.float32] | None
     """The shard's gradient in host memory; None if it was spilled to `gradient_extent`."""
     gradient_extent: Extent | None
+    gradient_extent_dtype: type[np.generic]
+    """np.uint16 for bits of bfloat16."""
     updates: Mapping[str, ParameterUpdate]
     """By parameter; those without an entry keep their weights and states."""
     gradient_scale: float
@@ -205,7 +207,8 @@ class _Chunk:
     index: int
     record: npt.NDArray[np.uint8]
     buffer: Buffer | None
-    gradient: npt.NDArray[np.float32]
+    gradient: npt.NDArray[Any]
+    """float32, or uint16 the bits of bfloat16."""
     transfers: list[Transfer]
 
 
@@ -385,7 +388,7 @@ class ShardUpdater:
         layout, inputs = job.layout, job.inputs
         offset, num_bytes = layout.state_range(index)
         start, stop = layout.chunk_range(index)
-        gradient_offset, gradient_bytes = layout.gradient_range(index)
+        gradient_offset, gradient_bytes = layout.gradient_range(index, inputs.gradient_extent_dtype)
         resident = inputs.resident_state
         spilled_bytes = gradient_bytes if inputs.gradient is None else 0
         staged_bytes = spilled_bytes if resident is not None else num_bytes + spilled_bytes
@@ -411,7 +414,7 @@ class ShardUpdater:
                 staging = chunk.buffer.array[staged_bytes - spilled_bytes : staged_bytes]
                 piece = inputs.gradient_extent.sub(gradient_offset, gradient_bytes)
                 chunk.transfers.append(self._engine.read(piece, staging))
-                chunk.gradient = staging.view(np.float32)[: stop - start]
+                chunk.gradient = staging.view(inputs.gradient_extent_dtype)[: stop - start]
         except BaseException as error:
             if isinstance(error, BudgetError) and not block:
                 return None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import uuid
@@ -21,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import fuyou
-from fuyou.memory import MemoryMeter, anonymous_bytes, return_freed_memory
+from fuyou.memory import FreedMemory, MemoryMeter, anonymous_bytes, return_freed_memory
 
 MIB = 2**20
 BUDGET_MIB = 768
@@ -292,3 +293,30 @@ def test_freed_memory_goes_back() -> None:
         kept.append(torch.zeros(1000))  # a small block behind each large one
         del large
     assert anonymous_bytes() - before < 16 * MIB
+
+
+def test_freed_memory_is_kept_up_to_a_limit() -> None:
+    """Without page faults where there is room, as without it elsewhere and afterwards."""
+    if not return_freed_memory():
+        pytest.skip("the C library is not glibc: it has no mallopt")
+
+    def faults_of_use() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(20):
+            torch.zeros(8 * MIB, dtype=torch.uint8).add_(1)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    pages = 20 * 8 * MIB // os.sysconf("SC_PAGE_SIZE")
+    freed = FreedMemory()
+    with freed.kept():
+        assert faults_of_use() >= pages  # no limit: nothing is kept
+    before = anonymous_bytes()
+    freed.limit_bytes = before + 64 * MIB
+    with freed.kept():
+        faults_of_use()
+        freed.return_excess()
+        assert faults_of_use() < pages / 4
+        freed.limit_bytes = before - MIB
+        freed.return_excess()
+        assert anonymous_bytes() - before < 6 * MIB
+    assert faults_of_use() >= pages
