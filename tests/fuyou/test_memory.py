@@ -188,7 +188,8 @@ def test_peak_of_larger_models(name: str, run: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_peak_does_not_grow_with_layers(run: Any, tmp_path: Path) -> None:
-    """Once the budget is used up, 36 layers take no more than 24, but for their Python objects."""
+    """Once the budget is used up, 36 layers take no more than 24, but for their Python objects and what the budget has room for:
+    up to there the process keeps what was freed."""
     peaks = []
     for layers in (24, 36):
         hidden, intermediate, _, heads = SHAPES["85M"]
@@ -197,7 +198,7 @@ def test_peak_does_not_grow_with_layers(run: Any, tmp_path: Path) -> None:
         peaks.append(result["peak"])
         for file in (tmp_path / "store").iterdir():
             file.unlink()
-    assert peaks[1] - peaks[0] <= 16 * MIB
+    assert peaks[1] <= max(peaks[0] + 16 * MIB, 384 * MIB)
 
 
 EXPORT = """
