@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from io_engine import ALIGNMENT_BYTES, BudgetError, Buffer, BufferPool, Engine, Extent, Store, round_up
-from io_engine.buffers import size_class_bytes
 from optim.kernels import narrow_gradient, widen_gradient
 from optim.layout import ParameterSlot, ShardLayout
 from optim.norm import TILE_ELEMENTS, parameter_sum, tile_sums
@@ -118,7 +117,8 @@ def _nothing() -> None:
 class GradientIntake:
     """Takes whole gradients in, in order, on a thread of its own.
 
-    `held` maps shards to what the backward passes since the last `take_all` left; read it after `finish`.
+    `held` maps shards to what the backward passes since the last `take_all` left; read it after `finish`. `resident` are the
+    shards whose states stay in host memory.
     After a failure nothing more is taken in, and `finish` raises it: a gradient is missing then.
     """
 
@@ -131,11 +131,12 @@ class GradientIntake:
         records: BufferPool,
         updater: ShardUpdater,
         waiting: Mapping[str, Waiting],
+        resident: Collection[str],
         record: Recorder,
     ) -> None:
         self._engine, self._store = engine, store
         self._gradients, self._records, self._updater = gradients, records, updater
-        self._waiting = waiting
+        self._waiting, self._resident = waiting, resident
         self._record = record
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fuyou-gradient")
         self._closed = False
@@ -346,8 +347,8 @@ class GradientIntake:
     def _spill_narrow(self, held: HeldGradient, extent: Extent) -> bool:
         """Spill half of the bytes if nothing is lost; False, and whatever in the extent, if something would be.
 
-        The gradient of one micro-batch computed in bfloat16 is one: a sum with nothing has no more bits. Through a buffer of
-        the records' pool, of the size that its other buffers have, since an update may be reading the gradient itself.
+        Nothing is where one micro-batch was computed in bfloat16: a sum of one has no more bits. Through a buffer of the
+        records' pool, of the size that its other buffers have, since an update may be reading the gradient itself.
         """
         layout, gradient = held.layout, held.array
         assert gradient is not None
@@ -355,9 +356,8 @@ class GradientIntake:
         few = gradient[arrived[0].start : arrived[0].stop][:_TRIED_ELEMENTS]
         if layout.compute_dtype != "bfloat16" or not narrow_gradient(few, np.empty(few.size, np.uint16)):
             return False
-        staging_bytes = layout.full_record_bytes
-        if size_class_bytes(staging_bytes) > self._records.budget_bytes:  # all states are kept in memory
-            staging_bytes = layout.gradient_range(0)[1]
+        # What an update of this shard takes: there is room for that (optim.updater.check_room).
+        staging_bytes = layout.gradient_range(0)[1] if layout.name in self._resident else layout.full_record_bytes
         # Whole pages: chunks begin at them.
         num_at_once = max(1, staging_bytes // layout.gradient_range(0, np.uint16)[1]) * layout.chunk_elements
         with self._records.acquire(staging_bytes) as staging:

@@ -175,6 +175,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
             records=records,
             updater=self._updater,
             waiting=self._waiting,
+            resident=self._resident.keys(),
             record=self._record,
         )
 

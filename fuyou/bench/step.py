@@ -139,7 +139,7 @@ def _measure(folders: list[Path], options: argparse.Namespace, device: str, dtyp
         for _ in range(NUM_WARM_UP_STEPS):
             step_of(whole, whole_optimizer, None)
         whole.fuyou.flush()
-        copies = _Copies(ours)
+        copies = _Copies(ours, options.micro_batches)
         # Nothing may be written there any more: what is committed from here on was never on the drive.
         with _no_writes(whole), copies, concurrent.futures.ThreadPoolExecutor(1) as thread:
 
@@ -277,8 +277,9 @@ class _Copies:
     Writes go to the slots that the next step writes anyway.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, num_micro_batches: int) -> None:
         runtime = model.fuyou
+        self._num_micro_batches = num_micro_batches
         self._engine, self._store, self._runtime = runtime._engine, runtime.store, runtime
         self.bytes_read = self.bytes_written = 0
 
@@ -332,7 +333,8 @@ class _Copies:
             for name in (layout.weight_name, layout.state_name):
                 update[1].extend(_pieces(self._store.extent(name, 1 - slot)))
             if block.gradient == "spill":
-                spilled = _pieces(self._store.scratch(f"{block.name}/gradient", layout.gradient_bytes))
+                scratch = self._store.scratch(f"{block.name}/gradient", layout.gradient_bytes)
+                spilled = _pieces(scratch.sub(0, block.spilled_bytes(self._num_micro_batches)))
                 backward[1].extend(spilled)
                 forward[0].extend(spilled if update is forward else [])
         return forward, backward
