@@ -276,9 +276,11 @@ def test_a_run_that_was_ended_by_a_signal_resumes(uninterrupted: Path, tmp_path:
         assert code == -signal.SIGKILL
     else:
         assert code == 130
-        assert errors == (
-            f"fuyou: interrupted: the store stands at step {committed}: run the same command to resume there\n"
+        # The last line: bitsandbytes, which peft imports where it is installed, warns on some processors.
+        assert errors.splitlines()[-1] == (
+            f"fuyou: interrupted: the store stands at step {committed}: run the same command to resume there"
         )
+        assert "Traceback" not in errors
     steps = ["--set", f"training.max_steps={committed + 2}", "--set", "training.lr_scheduler_type=constant"]
     no_export = ["--set", "output.export=false"]
     assert train(recipe, *steps, *no_export) == 0
