@@ -37,7 +37,7 @@ from fuyou.hardware import (
     num_cores,
     versions_of,
 )
-from fuyou.memory import return_freed_memory
+from fuyou.memory import bound_kernel_caches, return_freed_memory
 from fuyou.plan import Activations
 from io_engine import BufferPool, DirectoryProbe, Extent, PosixEngine, piece_digest, probe_directory
 from optim import ShardLayout
@@ -123,6 +123,7 @@ def measure_hardware(directories: Directories, device: str, compute_dtype: str =
     """
     # As when a model is opened: what large temporaries cost then depends on it.
     return_freed_memory()
+    bound_kernel_caches()
     paths = drives_of(directories)
     effort = _effort(device)
     if effort is not EFFORTS["quick"]:

@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import fuyou
-from fuyou.memory import FreedMemory, MemoryMeter, anonymous_bytes, return_freed_memory
+from fuyou.memory import FreedMemory, MemoryMeter, anonymous_bytes, bound_kernel_caches, return_freed_memory
 
 MIB = 2**20
 BUDGET_MIB = 768
@@ -321,3 +321,11 @@ def test_freed_memory_is_kept_up_to_a_limit() -> None:
         freed.return_excess()
         assert anonymous_bytes() - before < 6 * MIB
     assert faults_of_use() >= pages
+
+
+def test_kernel_caches_are_bounded_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", raising=False)
+    bound_kernel_caches()
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7"
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "128"
