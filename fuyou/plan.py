@@ -100,8 +100,11 @@ class BlockPlan:
         """Whether its backward pass, and all that borrow its weights, find them on the device."""
         return self.weights_on_device and (not self.trainable or self.update_window == "forward")
 
-    def spilled_bytes(self, num_micro_batches: int) -> int:
-        """What the gradient takes where it is spilled: one micro-batch's, in bfloat16, has no more bits than that."""
+    def spilled_bytes(self, num_micro_batches: int | None) -> int:
+        """What the gradient takes where it is spilled: one micro-batch's, in bfloat16, has no more bits than that.
+
+        `num_micro_batches` None: not known.
+        """
         is_narrow = num_micro_batches == 1 and self.num_borrowers == 0
         return min(self.gradient_bytes, self.weight_bytes) if is_narrow else self.gradient_bytes
 

@@ -500,7 +500,7 @@ def traffic(
             read += 0 if block.states_in_host else block.state_bytes
             written += (block.weight_bytes + block.state_bytes) // commit_every_steps
             if block.gradient == "spill":
-                spilled_bytes = block.spilled_bytes(num_micro_batches or 2)
+                spilled_bytes = block.spilled_bytes(num_micro_batches)
                 written += spilled_bytes
                 read += spilled_bytes if block.update_window == "forward" else 0
     return read, written

@@ -72,7 +72,7 @@ class HeldGradient:
     @property
     def spilled_bytes(self) -> int:
         """What it takes in a scratch file."""
-        return _spilled_bytes(self.layout, self.extent_dtype)
+        return sum(self.layout.gradient_range(self.layout.num_chunks - 1, self.extent_dtype))
 
     @property
     def array(self) -> npt.NDArray[np.float32] | None:
@@ -378,8 +378,3 @@ class GradientIntake:
                     return False
                 self._engine.write(extent.sub(2 * start, narrowed.size), narrowed).wait()
         return True
-
-
-def _spilled_bytes(layout: ShardLayout, dtype: type[np.generic]) -> int:
-    offset, num_bytes = layout.gradient_range(layout.num_chunks - 1, dtype)
-    return offset + num_bytes

@@ -171,8 +171,10 @@ def test_what_is_kept_in_memory_is_not_read() -> None:
     assert step.lane_seconds["d2h"] == pytest.approx(40 * 10 * MEGA / 1e10, rel=0.01)
 
 
-@pytest.mark.parametrize(("num_micro_batches", "seconds"), [(1, 0.1), (2, 0.2)])
-def test_a_spilled_gradient_is_written_and_read_back_only_if_late(num_micro_batches: int, seconds: float) -> None:
+@pytest.mark.parametrize(("num_micro_batches", "least", "most"), [(1, 0.07, 0.21), (2, 0.19, 0.41)])
+def test_a_spilled_gradient_is_written_and_read_back_only_if_late(
+    num_micro_batches: int, least: float, most: float
+) -> None:
     """In float32, or in bfloat16 if it is one micro-batch's."""
     spilled = blocks(10, gradient="spill")
     early = simulate_step(spilled, GPU, num_tokens=10**6, num_micro_batches=num_micro_batches).lane_seconds
@@ -182,8 +184,8 @@ def test_a_spilled_gradient_is_written_and_read_back_only_if_late(num_micro_batc
         num_tokens=10**6,
         num_micro_batches=num_micro_batches,
     ).lane_seconds
-    # At full speed, up to twice that while something is written, as the other reads are in either case.
-    assert 0.7 * seconds <= late["ssd_read"] - early["ssd_read"] <= 2.05 * seconds
+    # 0.1 and 0.2 s at full speed, up to twice that while something is written, as the other reads are in either case.
+    assert least <= late["ssd_read"] - early["ssd_read"] <= most
 
 
 def test_the_same_step_every_time_and_in_milliseconds() -> None:

@@ -276,11 +276,11 @@ def test_a_run_that_was_ended_by_a_signal_resumes(uninterrupted: Path, tmp_path:
         assert code == -signal.SIGKILL
     else:
         assert code == 130
-        # The last line: bitsandbytes, which peft imports where it is installed, warns on some processors.
-        assert errors.splitlines()[-1] == (
+        # bitsandbytes, which peft imports where it is installed, says this on processors with AVX-512.
+        ours = [line for line in errors.splitlines() if not line.startswith("Failed to load CPU gemm_4bit_forward")]
+        assert ours == [
             f"fuyou: interrupted: the store stands at step {committed}: run the same command to resume there"
-        )
-        assert "Traceback" not in errors
+        ]
     steps = ["--set", f"training.max_steps={committed + 2}", "--set", "training.lr_scheduler_type=constant"]
     no_export = ["--set", "output.export=false"]
     assert train(recipe, *steps, *no_export) == 0

@@ -230,8 +230,8 @@ def test_dpo_equals_plain(bf16: bool, tmp_path: Path) -> None:
     optimizer = fuyou.AdamW(model, lr=2e-3, weight_decay=0.0, max_grad_norm=0.5)
     with model.fuyou, reference.fuyou:
         made = dpo(model, reference, tmp_path / "out", optimizer, bf16=bf16)
-    # Under autocast products of float32 micro-batches are bfloat16's, and round with the shapes of the product.
-    tolerance = 2e-3 if bf16 else 2e-4
+    # Processors with bfloat16 units round a product as its shape has it.
+    tolerance = 2e-3 if bf16 and torch.backends.cpu.get_cpu_capability() == "AVX512" else 2e-4
     for key in ("loss", "grad_norm", "rewards/margins", "rewards/accuracies"):
         assert history(made, key) == pytest.approx(history(expected, key), rel=tolerance, abs=1e-6), key
     assert history(made, "loss")[-1] < history(made, "loss")[0]
