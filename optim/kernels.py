@@ -10,8 +10,8 @@ A float32 master may be stored split in two halves:
     low  = bits & 0xFFFF             what high lost
 
 `bits = (high << 16) + sign_extended(low)`, modulo 2**32: a low half of 0x8000 or more was rounded up.
-Rounding half up turns the NaN 0x7FFFFFFF into -0 and the largest finite floats into infinity; such masters
-are counted so that the caller can refuse them.
+Rounding half up turns the NaN 0x7FFFFFFF into -0 and the largest finite floats into infinity; the kernels tell
+if there were such masters, so that the caller can refuse them.
 
 Moments may also be kept in 16 or 8 bits: `optim.kernels_low_bit`, exported here with the rest. A gradient is
 float32, or the bits of bfloat16 as uint16, which give the same as the float32 of the same value.
@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from optim.kernels_compile import compiled, inlined
-from optim.kernels_intrinsics import count_from, high_half, join_halves, low_half, scratch, widen
+from optim.kernels_intrinsics import high_half, join_halves, low_half, max_magnitude, scratch, widen
 from optim.kernels_low_bit import (
     adamw_float32_bfloat16,
     adamw_float32_int8,
@@ -96,41 +96,39 @@ def _begin(
 
 
 @inlined
-def _finish(
-    masters: Any, limit: Any, m: Float32Array, start: int, j: Any, denominators: Any, arguments: Any, num_refused: Any
-) -> Any:
-    """Element j of the tile at `start`, begun before: its master."""
+def _finish(masters: Any, m: Float32Array, start: int, j: Any, denominators: Any, arguments: Any, largest: Any) -> Any:
+    """Element j of the tile at `start`, begun before: its master; returns the largest so far, as bits."""
     i, j = np.uintp(start + j), np.uintp(j)
     new_p = update_master(load_master(masters, i), m[i], denominators[j], *arguments[2])
     store_master(masters, i, new_p)
-    return count_from(num_refused, new_p, limit)
+    return max_magnitude(largest, new_p)
 
 
 @compiled
-def _adamw(masters: Any, limit: Any, m: Float32Array, v: Float32Array, g: Any, arguments: Any) -> np.int32:
-    num_refused = np.int32(0)
+def _adamw(masters: Any, limit: Any, m: Float32Array, v: Float32Array, g: Any, arguments: Any) -> Any:
+    largest = np.uint32(0)
     denominators = scratch(TILE_ELEMENTS)
     for first, size, last in tiles(m.size):
         for j in range(size):
             _begin(masters, m, v, g, first, j, denominators, arguments)
         for start in range(first + TILE_ELEMENTS, last + 1, TILE_ELEMENTS):
             for j in range(TILE_ELEMENTS):
-                num_refused = _finish(masters, limit, m, start - TILE_ELEMENTS, j, denominators, arguments, num_refused)
+                largest = _finish(masters, m, start - TILE_ELEMENTS, j, denominators, arguments, largest)
                 _begin(masters, m, v, g, start, j, denominators, arguments)
         for j in range(size):
-            num_refused = _finish(masters, limit, m, last, j, denominators, arguments, num_refused)
-    return num_refused
+            largest = _finish(masters, m, last, j, denominators, arguments, largest)
+    return largest >= limit
 
 
 @compiled
-def _split(p: Float32Array, high: UInt16Array, low: UInt16Array) -> np.int32:
-    num_refused = np.int32(0)
+def _split(p: Float32Array, high: UInt16Array, low: UInt16Array) -> Any:
+    largest = np.uint32(0)
     for i in range(p.size):
         value = p[i]
         high[i] = high_half(value)
         low[i] = low_half(value)
-        num_refused = count_from(num_refused, value, OVERFLOWING_HIGH_BITS)
-    return num_refused
+        largest = max_magnitude(largest, value)
+    return largest >= OVERFLOWING_HIGH_BITS
 
 
 @compiled
@@ -160,20 +158,20 @@ def adamw_split(
     g: Float32Array | UInt16Array,
     scalars: AdamWScalars,
     gradient_scale: float = 1.0,
-) -> int:
-    """Update a split master and its moments in place; return how many new masters must be refused.
+) -> bool:
+    """Update a split master and its moments in place; return whether new masters must be refused.
 
     high, low: uint16[n]; m, v: float32[n]; g: float32[n], or uint16[n] the bits of bfloat16; contiguous host
     memory that does not overlap; g is only read.
     The gradient is first multiplied by `gradient_scale` (clipping) in float32. Blocks the calling thread,
-    without the GIL. Counted are masters that are NaN or infinite or whose high half would be: then the arrays
+    without the GIL. Refused are masters that are NaN or infinite or whose high half would be: then the arrays
     hold no usable step, and the caller goes back to what it had. ValueError for another shape, dtype or
     layout.
     """
     check_arrays(high.size, (np.uint16,), high=high, low=low)
     check_arrays(high.size, (np.float32,), m=m, v=v)
     check_arrays(high.size, (np.float32, np.uint16), g=g)
-    return int(_adamw((high, low), OVERFLOWING_HIGH_BITS, m, v, g, scalars.kernel_arguments(gradient_scale)))
+    return bool(_adamw((high, low), OVERFLOWING_HIGH_BITS, m, v, g, scalars.kernel_arguments(gradient_scale)))
 
 
 def adamw_float32(
@@ -183,25 +181,25 @@ def adamw_float32(
     g: Float32Array | UInt16Array,
     scalars: AdamWScalars,
     gradient_scale: float = 1.0,
-) -> int:
-    """Update a float32 master and its moments in place; return how many new masters are NaN or infinite.
+) -> bool:
+    """Update a float32 master and its moments in place; return whether a new master is NaN or infinite.
 
     p, m, v: float32[n]; otherwise as `adamw_split`.
     """
     check_arrays(p.size, (np.float32,), p=p, m=m, v=v)
     check_arrays(p.size, (np.float32, np.uint16), g=g)
-    return int(_adamw((p,), INFINITY_BITS, m, v, g, scalars.kernel_arguments(gradient_scale)))
+    return bool(_adamw((p,), INFINITY_BITS, m, v, g, scalars.kernel_arguments(gradient_scale)))
 
 
-def split_master(p: Float32Array, high: UInt16Array, low: UInt16Array) -> int:
-    """Split p: float32[n] into high, low: uint16[n]; return how many values `adamw_split` would refuse.
+def split_master(p: Float32Array, high: UInt16Array, low: UInt16Array) -> bool:
+    """Split p: float32[n] into high, low: uint16[n]; return whether `adamw_split` would refuse one.
 
     `join_master` gives p back exactly, refused values too. Blocks, without the GIL. ValueError as in
     `adamw_split`.
     """
     check_arrays(p.size, (np.float32,), p=p)
     check_arrays(p.size, (np.uint16,), high=high, low=low)
-    return int(_split(p, high, low))
+    return bool(_split(p, high, low))
 
 
 def join_master(high: UInt16Array, low: UInt16Array, p: Float32Array) -> None:

@@ -101,17 +101,6 @@ def _low_half(_context: Any, value: Any) -> Any:
     return types.uint16(types.float32), generate
 
 
-def _count_from(_context: Any, count: Any, value: Any, limit: Any) -> Any:
-    """count + 1 if value's bits without the sign are at least limit, as a NaN's always are; else count."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        count, value, limit = arguments
-        magnitude = builder.and_(builder.bitcast(value, _I32), _word(_MAGNITUDE_MASK))
-        return builder.add(count, builder.zext(builder.icmp_unsigned(">=", magnitude, limit), _I32))
-
-    return types.int32(types.int32, types.float32, types.uint32), generate
-
-
 def _max_magnitude(_context: Any, largest: Any, value: Any) -> Any:
     """The larger of largest and value's bits without the sign; a NaN's are larger than any number's."""
 
@@ -119,6 +108,16 @@ def _max_magnitude(_context: Any, largest: Any, value: Any) -> Any:
         largest, value = arguments
         magnitude = builder.and_(builder.bitcast(value, _I32), _word(_MAGNITUDE_MASK))
         return builder.select(builder.icmp_unsigned(">", magnitude, largest), magnitude, largest)
+
+    return types.uint32(types.uint32, types.float32), generate
+
+
+def _max_bits(_context: Any, largest: Any, value: Any) -> Any:
+    """`max_magnitude` of a value that is not negative, or NaN of any sign."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        largest, value = arguments[0], builder.bitcast(arguments[1], _I32)
+        return builder.select(builder.icmp_unsigned(">", value, largest), value, largest)
 
     return types.uint32(types.uint32, types.float32), generate
 
@@ -227,27 +226,28 @@ def _round_to_int8(_context: Any, fixed: Any, random: Any) -> Any:
     return types.int8(types.float32, types.uint16), generate
 
 
-def _round_root(_context: Any, x: Any, root: Any, random: Any) -> Any:
-    """(float32, float32, uint16) -> uint8: a whole number beside x, such that its square is x ** 2 on average.
+def _round_root(_context: Any, x: Any, random: Any) -> Any:
+    """(float32, uint16) -> uint8: a whole number beside x, such that its square is x ** 2 on average.
 
     0 <= x <= 255. Of c and c + 1, c + 1 is taken with the probability (x**2 - c**2) / ((c + 1)**2 - c**2). Never 0
-    where `root` is above zero, of which x is a multiple that may be too small for a float32.
+    where x is above zero.
     """
 
     def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        x, root, random = arguments
-        code = builder.fptosi(x, _I32)
-        c = builder.sitofp(code, _F32)
+        x, random = arguments
+        one, zero = ir.Constant(_F32, 1.0), ir.Constant(_F32, 0.0)
+        # In floats, where LLVM makes one masked instruction of a condition and what depends on it.
+        c = builder.call(builder.module.declare_intrinsic("llvm.trunc", [_F32]), [x])
         excess = builder.fma(builder.fneg(c), c, builder.fmul(x, x))
         unit = ir.Constant(_F32, 2.0**-16)  # of the random number
         distance = builder.fma(c, ir.Constant(_F32, 2.0**-15), unit)
         threshold = builder.fmul(builder.sitofp(builder.zext(random, _I32), _F32), distance)
-        code = builder.add(code, builder.zext(builder.fcmp_ordered(">", excess, threshold), _I32))
-        root_bits = builder.bitcast(root, _I32)
-        least = builder.select(builder.icmp_unsigned("<", root_bits, _word(1)), root_bits, _word(1))
-        return builder.trunc(builder.select(builder.icmp_unsigned(">", code, least), code, least), _I8)
+        code = builder.select(builder.fcmp_ordered(">", excess, threshold), builder.fadd(c, one), c)
+        above_zero = builder.select(builder.fcmp_ordered(">", code, one), code, one)
+        code = builder.select(builder.fcmp_ordered(">", x, zero), above_zero, zero)
+        return builder.trunc(builder.fptosi(code, _I32), _I8)
 
-    return types.uint8(types.float32, types.float32, types.uint16), generate
+    return types.uint8(types.float32, types.uint16), generate
 
 
 scratch: Any = intrinsic(prefer_literal=True)(_scratch)
@@ -256,8 +256,8 @@ widen: Any = intrinsic(_widen)
 join_halves: Any = intrinsic(_join_halves)
 high_half: Any = intrinsic(_high_half)
 low_half: Any = intrinsic(_low_half)
-count_from: Any = intrinsic(_count_from)
 max_magnitude: Any = intrinsic(_max_magnitude)
+max_bits: Any = intrinsic(_max_bits)
 float_of_bits: Any = intrinsic(_float_of_bits)
 bits_of_float: Any = intrinsic(_bits_of_float)
 random_bits: Any = intrinsic(_random_bits)

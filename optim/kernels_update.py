@@ -2,7 +2,8 @@
 
 A kernel walks tiles of `TILE_ELEMENTS` in the first-level cache and does the first stages of one tile in the same
 loops as the last of the tile before it. From the gradient to the weight is a chain of some 80 cycles, with a root and
-two divisions; of whole chains a core holds only two or three at a time, of stages enough to keep its units busy.
+two divisions, or one where moments are rounded and torch's bits are no reference; of whole chains a core holds only two
+or three at a time, of stages enough to keep its units busy.
 
 Legend: p master weight, m first moment, v second moment, g gradient.
 """
@@ -30,8 +31,6 @@ INFINITY_BITS: Final = np.uint32(0x7F800000)
 OVERFLOWING_HIGH_BITS: Final = np.uint32(0x7F7F8000)
 # Also a block of 8-bit moments, whose scale is known when its first stages are done.
 TILE_ELEMENTS: Final = MOMENT_BLOCK_ELEMENTS
-# The kernels count in 32 bits.
-_MAX_ELEMENTS: Final = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -109,6 +108,28 @@ class AdamWScalars:
             (np.float32(self.decay), np.float32(-self.step_size)),
         )
 
+    def folded_arguments(self, gradient_scale: float) -> tuple[tuple[np.float32 | None, ...], ...]:
+        """The same for `fold_gradient` and moments that are rounded by chance, for which torch's bits are no reference.
+
+        Factors become one where two would follow each other: a division and four multiplications less. The correction of
+        v's bias is part of eps and of the step size (the end of section 2 of arXiv 1412.6980). The last tuple is what
+        old m, v, and root of v are multiplied with.
+        """
+        # L2's part of the gradient is not clipped: then the scale has to come first.
+        inner, outer = (gradient_scale, 1.0) if self.l2 else (None, gradient_scale)
+        correction = self.bias_correction2_sqrt
+        return (
+            (
+                None if inner is None else np.float32(inner),
+                np.float32(self.l2) if self.l2 else None,
+                np.float32(self.lerp_weight * outer),
+                np.float32(math.sqrt(self.square_weight) * outer),
+            ),
+            (None, np.float32(self.eps * correction)),
+            (np.float32(self.decay), np.float32(-self.step_size * correction)),
+            (np.float32(1.0 - self.lerp_weight), np.float32(self.beta2), np.float32(math.sqrt(self.beta2))),
+        )
+
 
 @inlined
 def update_moments(
@@ -137,9 +158,22 @@ def update_moments(
 
 
 @inlined
+def fold_gradient(
+    p: Any, decayed_m: Any, decayed_v: Any, g: Any, gradient_scale: Any, l2: Any, weight: Any, root_weight: Any
+) -> tuple[Any, Any]:
+    """One element's new m and v, of the old ones already decayed; the rest are the first `AdamWScalars.folded_arguments`."""
+    if l2 is not None:
+        g = fma(p, l2, g * gradient_scale)
+    root = g * root_weight
+    return fma(weight, g, decayed_m), fma(root, root, decayed_v)
+
+
+@inlined
 def denominator(root: Any, bias_correction2_sqrt: Any, eps: Any) -> Any:
     """What m is divided by, of the root of the new v and the second `AdamWScalars.kernel_arguments`."""
-    return root / bias_correction2_sqrt + eps
+    if bias_correction2_sqrt is not None:
+        root = root / bias_correction2_sqrt
+    return root + eps
 
 
 @inlined
@@ -201,8 +235,6 @@ def check_arrays(num_elements: int, dtypes: tuple[type[np.generic], ...], **arra
 
     The kernels check no bounds: a wrong length would write past the end. A strided view would compile anew.
     """
-    if num_elements > _MAX_ELEMENTS:
-        raise ValueError(f"{num_elements} elements are more than one call can count: pass slices below 2**31")
     for name, array in arrays.items():
         if array.dtype not in dtypes or array.ndim != 1 or not array.flags.c_contiguous:
             wanted = " or ".join(np.dtype(dtype).name for dtype in dtypes)

@@ -46,8 +46,8 @@ def update_part(
     gradient_scale: float,
     *,
     first_element: int,
-) -> int:
-    """Update elements `first_element` and following of a parameter in place; returns how many must be refused.
+) -> bool:
+    """Update elements `first_element` and following of a parameter in place; returns whether they must be refused.
 
     `weights`: float32 masters, or their high halves as uint16 where `part` has low ones; `gradient`: float32, or uint16 the
     bits of bfloat16. Blocks, without the GIL.
@@ -80,11 +80,11 @@ def get_master(weights: npt.NDArray[Any], part: ChunkViews) -> Float32Array:
     return master
 
 
-def set_master(weights: npt.NDArray[Any], part: ChunkViews, master: Float32Array) -> int:
-    """Replace the masters; returns how many are NaN, infinite or too large for the compute dtype."""
+def set_master(weights: npt.NDArray[Any], part: ChunkViews, master: Float32Array) -> bool:
+    """Replace the masters; returns whether one is NaN, infinite or too large for the compute dtype."""
     if part.low is None:
         weights[:] = master
-        return int(np.count_nonzero(~np.isfinite(master)))
+        return not np.isfinite(master).all()
     return kernels.split_master(master, weights, part.low)
 
 

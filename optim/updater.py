@@ -490,7 +490,7 @@ class ShardUpdater:
         weights = inputs.weights.view(np.float32 if views.low is None else np.uint16)
         starts = {p.name: p.start for p in layout.parameters}
 
-        def update(tile: tuple[str, int, int]) -> int:
+        def update(tile: tuple[str, int, int]) -> bool:
             name, a, b = tile
             return update_part(
                 weights[a:b],
@@ -507,8 +507,8 @@ class ShardUpdater:
             if p.name in inputs.updates and p.start < end and p.stop > begin
             for a in range(max(p.start, begin), min(p.stop, end), TILE_ELEMENTS)
         ]
-        for tile, num_refused in zip(tiles, self.map(update, tiles), strict=True):
-            if num_refused and job.refused_parameter is None:
+        for tile, is_refused in zip(tiles, self.map(update, tiles), strict=True):
+            if is_refused and job.refused_parameter is None:
                 job.refused_parameter = tile[0]
         self._record("cpu", f"adam {layout.name}", started, time.perf_counter(), chunk.record.nbytes)
 

@@ -118,8 +118,8 @@ def assert_every_step_is_torchs(
         parameter.grad[:size] = torch.from_numpy(gradient)
         optimizer.step()
         scalars = AdamWScalars.at_step(lr, beta1, beta2, eps, weight_decay, step, decoupled)
-        assert adamw_float32(p, m, v, gradient, scalars) == 0
-        assert adamw_split(high, low, split_m, split_v, gradient, scalars) == 0
+        assert adamw_float32(p, m, v, gradient, scalars) is False
+        assert adamw_split(high, low, split_m, split_v, gradient, scalars) is False
         if step % compared_every != 0:
             continue
         state = optimizer.state[parameter]
@@ -179,7 +179,7 @@ def test_late_steps_have_the_bits_of_torch_fused(steps_before: int) -> None:
     optimizer.step()
 
     scalars = AdamWScalars.at_step(2e-4, 0.9, 0.999, 1e-8, 1e-2, steps_before + 1)
-    assert adamw_float32(p, m, v, gradient, scalars) == 0
+    assert adamw_float32(p, m, v, gradient, scalars) is False
     np.testing.assert_array_equal(bits(p), bits(parameter.detach().numpy()))
     np.testing.assert_array_equal(bits(m), bits(optimizer.state[parameter]["exp_avg"].numpy()))
     np.testing.assert_array_equal(bits(v), bits(optimizer.state[parameter]["exp_avg_sq"].numpy()))
@@ -234,7 +234,7 @@ def test_split_and_join_follow_their_definition_on_every_kind_of_float() -> None
     p = (highs[:, None] | lows[None, :]).reshape(-1).view(np.float32)
     high, low, joined = np.empty(p.size, np.uint16), np.empty(p.size, np.uint16), np.empty_like(p)
 
-    num_refused = split_master(p, high, low)
+    assert split_master(p, high, low) is True
     join_master(high, low, joined)
 
     expected_high, expected_low = split_by_definition(p)
@@ -243,41 +243,59 @@ def test_split_and_join_follow_their_definition_on_every_kind_of_float() -> None
     np.testing.assert_array_equal(joined.view(np.uint32), p.view(np.uint32))
     with np.errstate(invalid="ignore"):
         rounded = (high.astype(np.uint32) << 16).view(np.float32)
-        assert num_refused == np.count_nonzero(~np.isfinite(p) | ~np.isfinite(rounded))
+        must_be_refused = ~np.isfinite(p) | ~np.isfinite(rounded)
+    assert split_master(p[~must_be_refused], high[~must_be_refused], low[~must_be_refused]) is False
+    assert np.count_nonzero(must_be_refused) > 1000
+    for value in p[must_be_refused]:
+        assert split_master(np.array([value]), high[:1], low[:1]) is True
 
 
 def test_high_half_is_the_nearest_bfloat16() -> None:
     p = np.random.default_rng(2).standard_normal(4096).astype(np.float32)
     p = p[(bits(p) & 0xFFFF) != 0x8000]  # ties are where half-up and half-to-even may differ
     high, low = np.empty(p.size, np.uint16), np.empty(p.size, np.uint16)
-    assert split_master(p, high, low) == 0
+    assert split_master(p, high, low) is False
     nearest = torch.from_numpy(p).to(torch.bfloat16).view(torch.int16).numpy()
     np.testing.assert_array_equal(high.view(np.int16), nearest)
 
 
+@pytest.mark.parametrize("position", [0, 64, 129, 256, 700])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_non_finite_gradients_are_counted(value: float) -> None:
-    gradient = np.full(130, 0.5, np.float32)
-    gradient[[0, 64, 129]] = value
-    p = np.ones(130, np.float32)
-    high, low = split_by_definition(p)
+def test_non_finite_gradients_are_refused(value: float, position: int) -> None:
+    gradient = np.full(701, 0.5, np.float32)
     scalars = AdamWScalars.at_step(1e-3, 0.9, 0.999, 1e-8, 0.01, 1)
-    assert adamw_float32(p, np.zeros_like(p), np.zeros_like(p), gradient, scalars) == 3
-    assert adamw_split(high, low, np.zeros_like(p), np.zeros_like(p), gradient, scalars) == 3
+    for is_refused in (False, True):
+        if is_refused:
+            gradient[position] = value
+        p = np.ones(701, np.float32)
+        high, low = split_by_definition(p)
+        assert adamw_float32(p, np.zeros_like(p), np.zeros_like(p), gradient, scalars) is is_refused
+        assert adamw_split(high, low, np.zeros_like(p), np.zeros_like(p), gradient, scalars) is is_refused
 
 
-def test_masters_whose_high_half_overflows_are_counted() -> None:
-    overflowing = [OVERFLOW_BITS, 0x7F7FFFFF, 0x80000000 | OVERFLOW_BITS]
-    not_a_number = [0x7FFFFFFF, 0xFFFFFFFF]
-    p = np.array([OVERFLOW_BITS - 1, *overflowing, *not_a_number, 0], np.uint32).view(np.float32)
+@pytest.mark.parametrize(
+    ("bits_of_master", "refused_split", "refused_whole"),
+    [
+        (OVERFLOW_BITS - 1, False, False),
+        # A float32 master keeps the three that are finite.
+        (OVERFLOW_BITS, True, False),
+        (0x7F7FFFFF, True, False),
+        (0x80000000 | OVERFLOW_BITS, True, False),
+        (0x7FFFFFFF, True, True),
+        (0xFFFFFFFF, True, True),
+    ],
+)
+def test_masters_whose_high_half_overflows_are_refused(
+    bits_of_master: int, refused_split: bool, refused_whole: bool
+) -> None:
+    p = np.array([0, bits_of_master, 0x3F800000], np.uint32).view(np.float32)
     high, low = np.empty(p.size, np.uint16), np.empty(p.size, np.uint16)
     scalars = AdamWScalars.at_step(0.0, 0.9, 0.999, 1e-8, 0.0, 1)
     zeros = np.zeros(p.size, np.float32)
 
-    assert split_master(p, high, low) == 5
-    assert adamw_split(high, low, zeros.copy(), zeros.copy(), zeros, scalars) == 5
-    # A float32 master keeps the three that are finite.
-    assert adamw_float32(p.copy(), zeros.copy(), zeros.copy(), zeros, scalars) == 2
+    assert split_master(p, high, low) is refused_split
+    assert adamw_split(high, low, zeros.copy(), zeros.copy(), zeros, scalars) is refused_split
+    assert adamw_float32(p.copy(), zeros.copy(), zeros.copy(), zeros, scalars) is refused_whole
 
 
 @pytest.mark.parametrize(
@@ -334,7 +352,7 @@ def assert_updates_like_the_first(module: ModuleType) -> None:
     for each in (kernels, module):
         p, m, v = np.ones_like(gradient), np.zeros_like(gradient), np.zeros_like(gradient)
         scalars = each.AdamWScalars.at_step(1e-3, 0.9, 0.999, 1e-8, 0.01, 1)
-        assert each.adamw_float32(p, m, v, gradient, scalars) == 0
+        assert each.adamw_float32(p, m, v, gradient, scalars) is False
         results.append(p)
     np.testing.assert_array_equal(bits(results[0]), bits(results[1]))
 

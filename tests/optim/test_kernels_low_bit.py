@@ -1,4 +1,4 @@
-"""AdamW on moments of 16 and 8 bits, against the float32 kernels with a codec in plain numpy around them.
+"""AdamW on moments of 16 and 8 bits, bit for bit against plain numpy, and within rounding against the float32 kernels.
 
 The float32 kernels themselves are torch's, bit for bit (test_kernels.py).
 """
@@ -55,11 +55,12 @@ class State:
     def copy(self) -> State:
         return State([half.copy() for half in self.masters], [array.copy() for array in self.moments])
 
-    def update(self, g: NDArray[Any], scalars: AdamWScalars, scale: float = 1.0, key: int = 0, first: int = 0) -> int:
+    def update(self, g: NDArray[Any], scalars: AdamWScalars, scale: float = 1.0, key: int = 0, first: int = 0) -> bool:
         master = "split" if len(self.masters) == 2 else "float32"
         moment_dtype = "bfloat16" if len(self.moments) == 2 else "int8"
         kernel = getattr(kernels, f"adamw_{master}_{moment_dtype}")
-        return int(kernel(*self.masters, *self.moments, g, scalars, scale, key, first))
+        is_refused: bool = kernel(*self.masters, *self.moments, g, scalars, scale, key, first)
+        return is_refused
 
     def p(self) -> Float32Array:
         if len(self.masters) == 1:
@@ -136,6 +137,35 @@ def encode(m: Float32Array, v: Float32Array, moment_dtype: str, key: int, first:
     return [m_codes, scales[0], v_codes, scales[1]]
 
 
+def updated(state: State, g: Float32Array, scalars: AdamWScalars, scale: float) -> tuple[Float32Array, ...]:
+    """p, m and v after a step, moments not rounded yet: the formulas of the low-bit kernels in plain numpy."""
+
+    def fma(a: Any, b: Float32Array, c: Float32Array) -> Float32Array:
+        # The product of two float32 is exact in float64.
+        return (np.multiply(a, b, dtype=np.float64) + c.astype(np.float64)).astype(np.float32)
+
+    one = np.float32
+    p = state.p().copy()
+    beta1, beta2 = one(1 - scalars.lerp_weight), one(scalars.beta2)
+    if len(state.moments) == 2:
+        m, v = decode(state.moments)
+        decayed_m, decayed_v = m * beta1, v * beta2
+    else:
+        m_codes, m_scales, v_codes, v_scales = state.moments
+        block = np.arange(p.size) // 256
+        decayed_m = m_codes.astype(np.float32) * (m_scales * beta1)[block]
+        decayed_root = v_codes.astype(np.float32) * (v_scales * one(np.sqrt(scalars.beta2)))[block]
+        decayed_v = decayed_root * decayed_root
+    if scalars.l2:
+        g, scale = fma(one(scalars.l2), p, g * one(scale)), 1.0
+    root = g * one(np.sqrt(scalars.square_weight) * scale)
+    m, v = fma(one(scalars.lerp_weight * scale), g, decayed_m), fma(root, root, decayed_v)
+    # The correction of v's bias is in the step size and in eps (the paper's section 2).
+    correction = scalars.bias_correction2_sqrt
+    divisor = np.sqrt(v) + one(scalars.eps * correction)
+    return p * one(scalars.decay) + one(-scalars.step_size * correction) * m / divisor, m, v
+
+
 def heavy_tailed(rng: np.random.Generator, n: int) -> Float32Array:
     gradient = (rng.standard_normal(n) * 10.0 ** rng.uniform(-8, 1, n)).astype(np.float32)
     gradient[rng.random(n) < 0.1] = 0.0
@@ -159,15 +189,40 @@ def test_every_step_is_decode_update_encode(size: int, master: str, moment_dtype
     for step in range(1, 31):
         gradient = heavy_tailed(rng, size)
         scalars = AdamWScalars.at_step(1e-3, 0.9, 0.99, 1e-8, 0.01, step, decoupled)
-        expected = state.copy()
-        m, v = decode(expected.moments)
-        update = adamw_split if master == "split" else adamw_float32
-        assert update(*expected.masters, m, v, gradient, scalars, 0.5) == 0
         key = stochastic_key(0, step, "weight")
+        p, m, v = updated(state, gradient, scalars, 0.5)
+        expected = State.of(p, master, moment_dtype)
         expected.moments = encode(m, v, moment_dtype, key, 256 * step)
 
-        assert state.update(gradient, scalars, 0.5, key, 256 * step) == 0
+        assert not state.update(gradient, scalars, 0.5, key, 256 * step)
         state.assert_equal(expected)
+
+
+@pytest.mark.parametrize("decoupled", [True, False], ids=["adamw", "adam-l2"])
+@pytest.mark.parametrize("beta1", [0.0, 0.3, 0.9])
+@pytest.mark.parametrize("moment_dtype", FORMATS)
+def test_a_step_is_torchs_but_for_rounding(moment_dtype: str, beta1: float, decoupled: bool) -> None:
+    size = 1900
+    rng = np.random.default_rng(6)
+    state = State.of((rng.standard_normal(size) * 0.02).astype(np.float32), "float32", moment_dtype)
+    for step in range(1, 31):
+        gradient = heavy_tailed(rng, size)
+        scalars = AdamWScalars.at_step(1e-3, beta1, 0.99, 1e-8, 0.01, step, decoupled)
+        (m, v), p = state.decoded(), state.p().copy()
+        old_p, old_m = p.copy(), m.copy()
+        folded = updated(state, gradient, scalars, 0.5)
+        assert not adamw_float32(p, m, v, gradient, scalars, 0.5)
+        # Of each result as many units in the last place as there are factors; of sums, of their larger part.
+        unit, denormal = 2.0**-23, 1e-44
+        added = np.abs(gradient * 0.5) + np.abs(scalars.l2 * old_p)
+        assert (np.abs(folded[1] - m) <= 4 * unit * (np.abs(old_m) + added) + denormal).all()
+        assert (np.abs(folded[2] - v) <= 8 * unit * v + denormal).all()
+        divisor = np.sqrt(v) / scalars.bias_correction2_sqrt + scalars.eps
+        step_of_p = scalars.step_size * (np.abs(old_m) + added) / divisor
+        # The step size times m may be denormal before it is divided.
+        tolerance = unit * np.abs(p) + 16 * unit * step_of_p + denormal / divisor
+        assert (np.abs(folded[0] - p) <= tolerance).all()
+        state.update(gradient, scalars, 0.5, stochastic_key(0, step, "weight"), 256 * step)
 
 
 @pytest.mark.parametrize("moment_dtype", FORMATS)
@@ -203,9 +258,9 @@ def test_a_bfloat16_gradient_is_the_float32_of_its_value(master: str, moment_dty
         if moment_dtype == "float32":
             state.moments = [np.zeros(size, np.float32), np.zeros(size, np.float32)]
             update = adamw_split if master == "split" else adamw_float32
-            assert update(*state.masters, *state.moments, gradient, scalars, 0.3) == 0
+            assert not update(*state.masters, *state.moments, gradient, scalars, 0.3)
         else:
-            assert state.update(gradient, scalars, 0.3, key=5) == 0
+            assert not state.update(gradient, scalars, 0.3, key=5)
         states.append(state)
     states[0].assert_equal(states[1])
 
@@ -276,7 +331,7 @@ def test_v_decays_as_it_should(moment_dtype: str) -> None:
     nothing = np.zeros(size, np.float32)
     for step in range(2, num_steps + 2):
         scalars = AdamWScalars.at_step(0.0, 0.9, 0.999, 1e-8, 0.0, step)
-        assert state.update(nothing, scalars, key=stochastic_key(0, step, "weight")) == 0
+        assert not state.update(nothing, scalars, key=stochastic_key(0, step, "weight"))
     _, after = state.decoded()
     # To the nearest, v would still be what it was.
     wanted = 0.999**num_steps
@@ -332,7 +387,7 @@ def test_nothing_happens_to_zeros(master: str, moment_dtype: str) -> None:
     state = State.of(np.full(600, 0.5, np.float32), master, moment_dtype)
     before = state.copy()
     scalars = AdamWScalars.at_step(1e-3, 0.9, 0.999, 1e-8, 0.0, 1)
-    assert state.update(np.zeros(600, np.float32), scalars, key=1) == 0
+    assert not state.update(np.zeros(600, np.float32), scalars, key=1)
     state.assert_equal(before)
 
 
@@ -340,31 +395,37 @@ def test_nothing_happens_to_zeros(master: str, moment_dtype: str) -> None:
 @pytest.mark.parametrize("position", [0, 255, 256, 699])
 @pytest.mark.parametrize("moment_dtype", FORMATS)
 @pytest.mark.parametrize("master", MASTERS)
-def test_what_must_not_be_stored_is_counted(master: str, moment_dtype: str, position: int, value: float) -> None:
+def test_what_must_not_be_stored_is_refused(master: str, moment_dtype: str, position: int, value: float) -> None:
     # The square of 1e21 overflows float32; the new master of such a gradient is finite.
     gradient = np.full(700, 0.5, np.float32)
     gradient[position] = value
     state = State.of(np.ones(700, np.float32), master, moment_dtype)
     scalars = AdamWScalars.at_step(1e-3, 0.9, 0.999, 1e-8, 0.01, 1)
-    assert state.update(gradient, scalars) > 0
+    assert state.update(gradient, scalars) is True
 
 
 @pytest.mark.parametrize("moment_dtype", FORMATS)
-def test_a_v_from_2_to_the_127_on_is_counted(moment_dtype: str) -> None:
+def test_a_v_from_2_to_the_127_on_is_refused(moment_dtype: str) -> None:
     # With a beta2 of 0, v is the gradient's square: finite both times.
     scalars = AdamWScalars.at_step(1e-3, 0.9, 0.0, 1e-8, 0.0, 1)
     for exponent, refused in ((63.25, False), (63.75, True)):
         state = State.of(np.ones(256, np.float32), "float32", moment_dtype)
-        assert (state.update(np.full(256, 2.0**exponent, np.float32), scalars) > 0) is refused
+        assert state.update(np.full(256, 2.0**exponent, np.float32), scalars) is refused
 
 
 @pytest.mark.parametrize("moment_dtype", FORMATS)
-def test_masters_that_overflow_are_counted(moment_dtype: str) -> None:
-    p = np.array([0x7F7F7FFF, 0x7F7F8000, 0x7F7FFFFF, 0x7FC00000], np.uint32).view(np.float32)
+def test_masters_that_overflow_are_refused(moment_dtype: str) -> None:
     scalars = AdamWScalars.at_step(0.0, 0.9, 0.999, 1e-8, 0.0, 1)
-    for master, num_refused in (("split", 3), ("float32", 1)):
-        state = State.of(p, master, moment_dtype)
-        assert state.update(np.zeros(4, np.float32), scalars) == num_refused
+    for bits, refused_split, refused_whole in (
+        (0x7F7F7FFF, False, False),
+        (0x7F7F8000, True, False),
+        (0x7F7FFFFF, True, False),
+        (0x7FC00000, True, True),
+    ):
+        p = np.array([0, bits], np.uint32).view(np.float32)
+        for master, refused in (("split", refused_split), ("float32", refused_whole)):
+            state = State.of(p, master, moment_dtype)
+            assert state.update(np.zeros(2, np.float32), scalars) is refused
 
 
 @pytest.mark.parametrize("moment_dtype", FORMATS)
