@@ -15,9 +15,9 @@ from fuyou.plan_search import LEAST_GAIN, NUMS_FIRST, Search, best_count, pooled
 from fuyou.simulator import AMPLE, RECORD_PARAMETERS, Buffers, SimulatedStep, simulate_step
 
 MEBIBYTE = 2**20
-LEAST_RECORD_BUFFERS, COMFORTABLE_RECORD_BUFFERS = 2, 6
-"""One record is read while another is updated or written; with six, no lane waits for a late neighbour (measured:
-0.91 of the drive's limit with four, 0.99 with six)."""
+COMFORTABLE_RECORD_BUFFERS = 6
+"""One is enough to run. With two, one record is read while another is updated or written; with six, no lane waits for a
+late neighbour (measured: 0.91 of the drive's limit with four, 0.99 with six)."""
 ACTIVATIONS_AT_ONCE = 2.5
 """Times the bytes that a layer's products return: what exists at the peak of its backward pass (measured with Llama's
 layers, 512 and 2,048 tokens: 2.4 to 2.7 in float32, less in bfloat16)."""
@@ -32,6 +32,7 @@ COMMIT_EVERY_STEPS = 20
 GRAPH_FACTOR = 4
 """Memory of a layer's graph, of what the outputs of its matrix products take (autograd keeps about twice them)."""
 MIN_ACTIVATION_BYTES = 8 * MEBIBYTE
+"""For what passes between blocks, while no step's tokens are known."""
 OVERHEAD_SHARE, MAX_OVERHEAD_BYTES = 6, 96 * MEBIBYTE
 """A sixth of the budget, at most this, stays free for Python objects, kernels, torch's temporaries and what the
 allocator keeps: 60 to 90 MiB beside the pools were measured with 85M to 567M parameters."""
@@ -98,10 +99,14 @@ def overhead_bytes(host_memory_bytes: int) -> int:
 def least_memory(shards: Sequence[ShardSize], shape: StepShape | None = None) -> LeastMemory:
     """The least for these blocks, clipping or not, so that what could be opened can also be trained.
 
-    With `shape` for micro-batches of such steps, too.
+    With `shape` for micro-batches of such steps: what passes between blocks can then be counted.
     """
-    num_tokens = 0 if shape is None else -(-shape.num_tokens // max(1, shape.num_micro_batches))
-    waiting = num_tokens * max((s.input_bytes_per_token for s in shards), default=0)
+    activations = MIN_ACTIVATION_BYTES
+    if shape is not None:
+        num_tokens = -(-shape.num_tokens // max(1, shape.num_micro_batches))
+        activations = pooled_bytes(
+            max(MEBIBYTE, num_tokens * max((s.input_bytes_per_token for s in shards), default=0))
+        )
     trainable = [s for s in shards if s.trainable]
     tied = {name for s in shards for name in s.borrowed}
     gradients = {s.name: pooled_bytes(s.gradient_bytes) for s in trainable}
@@ -114,8 +119,8 @@ def least_memory(shards: Sequence[ShardSize], shape: StepShape | None = None) ->
     return LeastMemory(
         weights=max(pooled_bytes(s.weight_bytes) + pooled_bytes(s.borrowed_bytes) for s in shards),
         gradients=open_gradients + max((b for name, b in gradients.items() if name not in tied), default=0),
-        records=LEAST_RECORD_BUFFERS * pooled_bytes(record),
-        activations=max(MIN_ACTIVATION_BYTES, pooled_bytes(waiting)),
+        records=pooled_bytes(record),
+        activations=activations,
         device=sum(weights[:3])
         + max(s.borrowed_bytes for s in shards)
         + max(s.bound_bytes for s in shards)
@@ -259,12 +264,13 @@ def make_plan(
     widest = sorted((pooled_bytes(s.gradient_bytes) for s in trainable), reverse=True)
     record = max((s.record_bytes for s in trainable), default=0)
     spilled_record = max((s.record_bytes + s.gradient_chunk_bytes for s in trainable), default=0)
-    # Comfort first: three blocks of weights (one on its way in, one in use, one on its way out), two gradients.
+    # Comfort first: a second record, three blocks of weights (one on its way in, one in use, one on its way out), two
+    # gradients, more records.
+    record_pool = least.records + (take(least.records) if free >= least.records else 0)
     wanted_weights = max(sum(largest[:3]) - least.weights, largest[0])
     weight_pool = least.weights + take(wanted_weights)
     prefetch_depth = 2 if weight_pool == least.weights + wanted_weights else 1
     gradient_pool = least.gradients + take(widest[1] if len(widest) > 1 else 0)
-    record_pool = least.records
     ring = COMFORTABLE_RECORD_BUFFERS * pooled_bytes(spilled_record if clipping else record)
     record_pool += take(ring - record_pool)
     activations = least.activations

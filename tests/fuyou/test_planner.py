@@ -98,12 +98,12 @@ def test_costs_by_hand() -> None:
 
 
 def test_least_memory_by_hand() -> None:
-    """One layer's weights and gradient, two records with room for a spilled gradient's chunk."""
+    """One layer's weights and gradient, a record with room for a spilled gradient's chunk."""
     least = least_memory(UNTIED)
-    assert (least.weights, least.gradients, least.records) == (12 * MIB, 24 * MIB, 2 * 28 * MIB)
+    assert (least.weights, least.gradients, least.records) == (12 * MIB, 24 * MIB, 28 * MIB)
     assert least.activations == MIN_ACTIVATION_BYTES == 8 * MIB
-    assert least.pool_bytes == 100 * MIB
-    assert least.host_memory_bytes == 120 * MIB
+    assert least.pool_bytes == 72 * MIB
+    assert least.host_memory_bytes == 87 * MIB  # six fifths, in whole MiB
     assert least.host_memory_bytes - overhead_bytes(least.host_memory_bytes) >= least.pool_bytes
 
 
@@ -252,7 +252,9 @@ def test_pools_hold_what_is_kept(clipping: bool) -> None:
         states = sum(pooled_bytes(b.state_bytes) for b in made.blocks if b.states_in_host)
         assert made.gradient_pool_bytes - held >= least.gradients
         assert made.weight_pool_bytes - weights >= least.weights
-        assert made.record_pool_bytes - states >= 2 * 20 * MIB
+        assert made.record_pool_bytes - states >= 20 * MIB
+        if host_mib * MIB - overhead_bytes(host_mib * MIB) >= least.pool_bytes + least.records:
+            assert made.record_pool_bytes - states >= 2 * 20 * MIB
         assert made.activation_pool_bytes >= least.activations
 
 

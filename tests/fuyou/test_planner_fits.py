@@ -27,7 +27,7 @@ from fuyou import planning, runtime
 from fuyou.hardware import HardwareProfile
 from fuyou.opening import inputs_of_run
 from fuyou.plan import Plan
-from fuyou.planner import LeastMemory, PlanInputs, least_memory, overhead_bytes
+from fuyou.planner import LeastMemory, PlanInputs, overhead_bytes
 from tests.fuyou.test_memory import Group
 
 NUM_STEPS = 2
@@ -254,7 +254,7 @@ def test_two_hundred_random_machines(first_seed: int, tmp_path: Path) -> None:
             num_refused += is_refused
             if is_refused:
                 budget = tried.budget(folder)
-                least = least_memory(tried.inputs(folder, 2**30)[0].shards)
+                least = tried.inputs(folder, 2**30)[0].least()
                 inputs, offload = tried.inputs(folder, least.host_memory_bytes)
                 smallest = dataclasses.replace(inputs, durability="step", hardware=None).plan()
                 smallest = dataclasses.replace(
