@@ -31,8 +31,8 @@ COMMIT_EVERY_STEPS = 20
 """With durability="checkpoint", where the user names no number: the drive gets a twentieth of the bytes."""
 GRAPH_FACTOR = 4
 """Memory of a layer's graph, of what the outputs of its matrix products take (autograd keeps about twice them)."""
-MIN_ACTIVATION_BYTES = 8 * MEBIBYTE
-"""For what passes between blocks, while no step's tokens are known."""
+MIN_ACTIVATION_BYTES = 2 * MEBIBYTE
+"""For what passes between blocks, also while no step's tokens are known."""
 OVERHEAD_SHARE, MAX_OVERHEAD_BYTES = 6, 96 * MEBIBYTE
 """A sixth of the budget, at most this, stays free for Python objects, kernels, torch's temporaries and what the
 allocator keeps: 60 to 90 MiB beside the pools were measured with 85M to 567M parameters."""
@@ -99,14 +99,10 @@ def overhead_bytes(host_memory_bytes: int) -> int:
 def least_memory(shards: Sequence[ShardSize], shape: StepShape | None = None) -> LeastMemory:
     """The least for these blocks, clipping or not, so that what could be opened can also be trained.
 
-    With `shape` for micro-batches of such steps: what passes between blocks can then be counted.
+    With `shape` for micro-batches of such steps, too.
     """
-    activations = MIN_ACTIVATION_BYTES
-    if shape is not None:
-        num_tokens = -(-shape.num_tokens // max(1, shape.num_micro_batches))
-        activations = pooled_bytes(
-            max(MEBIBYTE, num_tokens * max((s.input_bytes_per_token for s in shards), default=0))
-        )
+    num_tokens = 0 if shape is None else -(-shape.num_tokens // max(1, shape.num_micro_batches))
+    waiting = num_tokens * max((s.input_bytes_per_token for s in shards), default=0)
     trainable = [s for s in shards if s.trainable]
     tied = {name for s in shards for name in s.borrowed}
     gradients = {s.name: pooled_bytes(s.gradient_bytes) for s in trainable}
@@ -120,7 +116,7 @@ def least_memory(shards: Sequence[ShardSize], shape: StepShape | None = None) ->
         weights=max(pooled_bytes(s.weight_bytes) + pooled_bytes(s.borrowed_bytes) for s in shards),
         gradients=open_gradients + max((b for name, b in gradients.items() if name not in tied), default=0),
         records=pooled_bytes(record),
-        activations=activations,
+        activations=pooled_bytes(max(MIN_ACTIVATION_BYTES, waiting)),
         device=sum(weights[:3])
         + max(s.borrowed_bytes for s in shards)
         + max(s.bound_bytes for s in shards)
