@@ -95,7 +95,8 @@ class Search:
     """Tries candidates over blocks of which nothing is kept yet (or all that is trained, which then never is late).
 
     Without `seconds` (a step's time with such blocks) nothing is tried: what saves most traffic per byte is kept, and
-    more memory never means more traffic.
+    more memory never means more traffic. `surplus_bytes` of the records' pool are free once nothing is spilled,
+    `passing_bytes` of the activations' pool beside one input of a layer.
     """
 
     def __init__(
@@ -104,13 +105,15 @@ class Search:
         *,
         free_bytes: int,
         surplus_bytes: int,
+        passing_bytes: int,
         num_tokens: int,
+        num_micro_batches: int,
         may_be_late: bool,
         seconds: Callable[[Sequence[BlockPlan]], float] | None,
     ) -> None:
         self._blocks = list(blocks)
-        self._free_bytes, self._surplus_bytes = free_bytes, surplus_bytes
-        self._num_tokens = num_tokens
+        self._free_bytes, self._surplus_bytes, self._passing_bytes = free_bytes, surplus_bytes, passing_bytes
+        self._num_tokens, self._num_micro_batches = num_tokens, max(1, num_micro_batches)
         self._seconds = seconds
         self._trainable = [n for n, b in enumerate(blocks) if b.trainable and b.in_backward] if may_be_late else []
         self._layers = [n for n, b in enumerate(blocks) if b.activation_bytes_per_token and b.in_backward]
@@ -215,7 +218,7 @@ class Search:
 
     def _taken(self, blocks: Sequence[BlockPlan]) -> tuple[int, int, int, int]:
         """Memory beyond what the blocks took at first: weights, gradients, records, activations."""
-        weights = gradients = records = activations = 0
+        weights = gradients = records = 0
         for block, first in zip(blocks, self._blocks, strict=True):
             if block.weights_in_host and not first.weights_in_host:
                 weights += pooled_bytes(block.weight_bytes)
@@ -223,11 +226,16 @@ class Search:
                 records += pooled_bytes(block.state_bytes)
             if block.gradient == "host" and first.gradient != "host":
                 gradients += pooled_bytes(block.gradient_bytes)
-            if block.activations == "host":
-                activations += self._num_tokens * block.activation_bytes_per_token
         if any(b.gradient == "spill" for b in self._blocks) and not any(b.gradient == "spill" for b in blocks):
             records -= self._surplus_bytes
-        return weights, gradients, records, activations
+        return weights, gradients, records, self._activation_bytes(blocks)
+
+    def _activation_bytes(self, blocks: Sequence[BlockPlan]) -> int:
+        """Of what is not computed again: all that waits in host memory, and one layer's of one micro-batch on its way."""
+        waiting = sum(self._num_tokens * b.activation_bytes_per_token for b in blocks if b.activations == "host")
+        widest = max((b.activation_bytes_per_token for b in blocks if b.activations in ("host", "ssd")), default=0)
+        passing = pooled_bytes(-(-self._num_tokens // self._num_micro_batches) * widest)
+        return max(waiting, passing - self._passing_bytes)
 
     def _free_beside(self, blocks: Sequence[BlockPlan]) -> int:
         return self._free_bytes - sum(self._taken(blocks))
@@ -265,8 +273,7 @@ class Search:
     def follow(self, candidate: Candidate) -> Found | None:
         """What a candidate means; None if memory does not do."""
         blocks = list(self._blocks)
-        free, activations = self._free_bytes, 0
-        gradients = 0
+        free, gradients = self._free_bytes, 0
         # They are spread over the model: weights are read a few blocks ahead only, so that late updates of neighbours
         # would wait for each other. A gradient that clipping does not keep anyway needs a place until then.
         first = candidate.num_first
@@ -279,13 +286,15 @@ class Search:
         free -= gradients
         # Layers of a model save alike per byte, so that their number is what there is to choose. What rounding to
         # whole buffers takes on top goes to scratch files; the executor sees to that.
+        waiting = 0
         for number in spread(self._layers, candidate.num_swapped):
             needed = self._num_tokens * blocks[number].activation_bytes_per_token
-            place = "host" if needed <= free else "ssd"
+            place = "host" if waiting + needed <= free else "ssd"
             if place == "host":
-                free -= needed
-                activations += needed
+                waiting += needed
             blocks[number] = dataclasses.replace(blocks[number], activations=place)
+        activations = self._activation_bytes(blocks)
+        free -= activations
         if free < 0:
             return None
         found = self._keep(blocks, free, candidate.prices)

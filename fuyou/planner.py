@@ -338,7 +338,9 @@ def make_plan(
         blocks,
         free_bytes=free,
         surplus_bytes=max(0, min(surplus, record_pool - kept[2] - least.records)),
+        passing_bytes=activations - least.activations,
         num_tokens=num_tokens or 0,
+        num_micro_batches=num_micro_batches,
         may_be_late=not writes_back,
         seconds=step_seconds if hardware is not None and num_tokens else None,
     )

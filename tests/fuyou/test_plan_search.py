@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 
@@ -90,6 +90,13 @@ def kept_bytes(block: BlockPlan) -> int:
     return taken + (NUM_TOKENS * block.activation_bytes_per_token if block.activations == "host" else 0)
 
 
+def taken_bytes(blocks: Sequence[BlockPlan], spare_bytes: int) -> int:
+    """The same of all, and room for what waits anywhere on its way there, if the pool has no more than `spare_bytes`."""
+    waiting = sum(NUM_TOKENS * b.activation_bytes_per_token for b in blocks if b.activations == "host")
+    passing = max((NUM_TOKENS * b.activation_bytes_per_token for b in blocks if b.activations != "recompute"), default=0)
+    return sum(map(kept_bytes, blocks)) + max(0, pooled_bytes(passing) - spare_bytes - waiting)
+
+
 def all_choices(block: BlockPlan, clipping: bool) -> Iterator[BlockPlan]:
     for weights, states, late, activations in itertools.product(
         (False, True), (False, True), (False, True), ("recompute", "host", "ssd")
@@ -111,21 +118,16 @@ def loss_against_all(inputs: PlanInputs) -> float:
     hardware = inputs.hardware
     assert hardware is not None
     assert plan.prediction is not None
-    boundary = max(8 * MIB, inputs.boundary_bytes or 0)
-    free = (
-        plan.activation_pool_bytes
-        - boundary
-        + sum(
-            kept_bytes(b) if b.activations != "host" else kept_bytes(dataclasses.replace(b, activations="ssd"))
-            for b in plan.blocks
-        )
-    )
-    assert sum(kept_bytes(b) for b in plan.blocks) <= free
+    boundary = inputs.boundary_bytes or 0
+    spare = boundary - inputs.least().activations
+    recomputed = [dataclasses.replace(b, activations="recompute") for b in plan.blocks]
+    free = plan.activation_pool_bytes - boundary + sum(map(kept_bytes, recomputed))
+    assert taken_bytes(plan.blocks, spare) <= free
     buffers = buffers_of(plan)
     best = min(
         predict(blocks, hardware, NUM_TOKENS, plan.prefetch_depth, buffers=buffers).seconds
         for blocks in itertools.product(*(list(all_choices(b, inputs.clipping)) for b in plan.blocks))
-        if sum(kept_bytes(b) for b in blocks) <= free
+        if taken_bytes(blocks, spare) <= free
     )
     return plan.prediction.seconds / best
 

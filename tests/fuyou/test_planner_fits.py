@@ -144,6 +144,12 @@ def test_what_is_said_to_fit_runs(seed: int, tmp_path: Path) -> None:
     check(machine(seed, width=96), tmp_path)
 
 
+@pytest.mark.parametrize("seed", [1008, 1121])
+def test_a_tensor_on_its_way_to_the_drive_finds_room(seed: int, tmp_path: Path) -> None:
+    """Machines with little memory for activations that would wait on the drive: one tensor was larger than its pool."""
+    check(machine(seed, width=640), tmp_path)
+
+
 def cut(plan: Plan, least: LeastMemory, budget: int) -> Iterator[Plan]:
     """A plan of nothing but the least, its pools cut to a smaller budget in several ways."""
     short = plan.pool_bytes - (budget - overhead_bytes(budget))
