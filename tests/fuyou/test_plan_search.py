@@ -93,7 +93,9 @@ def kept_bytes(block: BlockPlan) -> int:
 def taken_bytes(blocks: Sequence[BlockPlan], spare_bytes: int) -> int:
     """The same of all, and room for what waits anywhere on its way there, if the pool has no more than `spare_bytes`."""
     waiting = sum(NUM_TOKENS * b.activation_bytes_per_token for b in blocks if b.activations == "host")
-    passing = max((NUM_TOKENS * b.activation_bytes_per_token for b in blocks if b.activations != "recompute"), default=0)
+    passing = max(
+        (NUM_TOKENS * b.activation_bytes_per_token for b in blocks if b.activations != "recompute"), default=0
+    )
     return sum(map(kept_bytes, blocks)) + max(0, pooled_bytes(passing) - spare_bytes - waiting)
 
 
