@@ -31,7 +31,7 @@ COMMIT_EVERY_STEPS = 20
 """With durability="checkpoint", where the user names no number: the drive gets a twentieth of the bytes."""
 GRAPH_FACTOR = 4
 """Memory of a layer's graph, of what the outputs of its matrix products take (autograd keeps about twice them)."""
-MIN_ACTIVATION_BYTES = 2 * MEBIBYTE
+MIN_ACTIVATION_BYTES = MEBIBYTE // 4
 """For what passes between blocks, also while no step's tokens are known."""
 OVERHEAD_SHARE, MAX_OVERHEAD_BYTES = 6, 96 * MEBIBYTE
 """A sixth of the budget, at most this, stays free for Python objects, kernels, torch's temporaries and what the

@@ -567,8 +567,8 @@ def test_export_needs_memory_for_one_block_only(tmp_path: Path) -> None:
     """And what is opened from a store alone is frozen."""
     open_model(tmp_path / "store").fuyou.close()
     with pytest.raises(fuyou.PlanError):
-        open_model(tmp_path / "store", host_memory="11MiB")
-    model = fuyou.open_store_model(tmp_path / "store", host_memory="11MiB")
+        open_model(tmp_path / "store", host_memory="1MiB")
+    model = fuyou.open_store_model(tmp_path / "store", host_memory="1MiB")
     with model.fuyou:
         assert not any(p.requires_grad for p in model.parameters())
         plain(model, tmp_path / "out")

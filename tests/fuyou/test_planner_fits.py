@@ -241,14 +241,13 @@ def test_the_kernel_enforces_what_is_said(seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("first_seed", range(1000, 1200, 50))
-def test_two_hundred_random_machines(first_seed: int, tmp_path: Path) -> None:
-    """All that fit run, 95 % of the refused run with what they lack and a tenth more, at most 10 % without; by fifties."""
+def test_two_hundred_random_machines(tmp_path: Path) -> None:
+    """All that fit run, 95 % of the refused run with what they lack and a tenth more, at most 10 % without."""
     num_refused = num_without = 0
     wrong: list[str] = []
     server = Server()
     try:
-        for seed in range(first_seed, first_seed + 50):
+        for seed in range(1000, 1200):
             # Large enough that the 8 MiB for what passes between blocks are a small part of what is needed.
             tried, folder = machine(seed, width=640), tmp_path / str(seed)
             is_refused = tried.share < 1
@@ -280,7 +279,7 @@ def test_two_hundred_random_machines(first_seed: int, tmp_path: Path) -> None:
         server.close()
     found = f"{num_refused} refused, {num_without} of them run without what they lack; wrong: {wrong}"
     (tmp_path / "found.txt").write_text(found)
-    assert num_refused >= 15, found
+    assert num_refused >= 60, found
     assert not [text for text in wrong if "refused: False" in text], found
     assert len(wrong) <= 0.05 * num_refused, found
     assert num_without <= 0.1 * num_refused, found
