@@ -34,7 +34,7 @@ ARCHITECTURES = (
     "qwen3_moe",
 )
 NUM_STEPS, NUM_MICRO_BATCHES = 5, 3
-ROOMY, TIGHT = "256MiB", "13MiB"
+ROOMY, TIGHT = "256MiB", "3MiB"
 
 
 @pytest.fixture(autouse=True)

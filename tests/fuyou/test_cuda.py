@@ -102,7 +102,7 @@ def test_same_trajectory_as_on_the_host(name: str, max_grad_norm: float | None, 
 def test_no_plan_changes_a_bit(name: str, dtype: str, tmp_path: Path) -> None:
     """All in host memory or nothing kept; updates in either window ."""
     roomy = Outcome(tmp_path / "roomy", name, device="cuda", dtype=dtype, max_grad_norm=None)
-    tight = Outcome(tmp_path / "tight", name, device="cuda", dtype=dtype, max_grad_norm=None, host_memory="16MiB")
+    tight = Outcome(tmp_path / "tight", name, device="cuda", dtype=dtype, max_grad_norm=None, host_memory="3MiB")
     late = Outcome(tmp_path / "late", name, device="cuda", dtype=dtype, max_grad_norm=None, late=True)
     assert roomy.window == tight.window == "backward"
     assert late.window == "forward"
@@ -161,7 +161,7 @@ def test_device_memory_does_not_grow_with_the_layers(max_grad_norm: float | None
     assert many < 12 * one_block_bytes + 64 * MEBIBYTE
 
 
-@pytest.mark.parametrize("host_memory", ["16MiB", "256MiB"])
+@pytest.mark.parametrize("host_memory", ["3MiB", "256MiB"])
 def test_steady_steps_allocate_no_device_memory(host_memory: str, tmp_path: Path) -> None:
     """Weights go into slots that are there, the rest into what torch's allocator has."""
     config = tiny_model_config("llama")

@@ -208,7 +208,7 @@ def test_planned_where_everything_fits(tmp_path: Path) -> None:
     ("hardware", "host_memory"),
     [
         (None, "64MiB"),  # nothing was measured that says what it would bring
-        (HARDWARE, "12MiB"),
+        (HARDWARE, "3MiB"),
         (FAST_DRIVES, "64MiB"),  # the updates, in the forward pass alone, would cost more than writing all the time
     ],
     ids=["not measured", "does not fit", "slower"],
@@ -223,7 +223,7 @@ def test_as_asked_for(tmp_path: Path) -> None:
     assert made(tmp_path, durability="step").durability == "step"
     assert made(tmp_path, None, durability="checkpoint").durability == "checkpoint"
     with pytest.raises(fuyou.PlanError, match=r'durability="checkpoint" keeps .* short .*Set host_memory to'):
-        made(tmp_path, durability="checkpoint", host_memory="12MiB")
+        made(tmp_path, durability="checkpoint", host_memory="3MiB")
     with pytest.raises(fuyou.ConfigError, match="commit_every_steps=3 conflicts"):
         made(tmp_path, durability="step", commit_every_steps=3)
     with pytest.raises(fuyou.ConfigError, match="commit_every_steps=0: expected"):

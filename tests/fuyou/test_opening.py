@@ -452,7 +452,7 @@ def test_a_program_that_never_closes_ends_and_resumes(clipping: str, how: str, t
 # --- evaluation ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("host_memory", ["14MiB", "256MiB"])
+@pytest.mark.parametrize("host_memory", ["3MiB", "256MiB"])
 @pytest.mark.parametrize("max_grad_norm", [None, 1.0])
 def test_evaluation_at_any_moment_sees_the_last_step(
     max_grad_norm: float | None, host_memory: str, tmp_path: Path
@@ -528,7 +528,7 @@ def test_a_second_forward_pass_before_step_is_refused_in_the_backward_window(tmp
 def test_gradients_of_two_backward_passes_at_the_least_budget(tmp_path: Path) -> None:
     """In the forward window they add up; spilled ones too, where there is room for a single gradient."""
     norms = []
-    for host_memory in ("64MiB", "14MiB"):
+    for host_memory in ("64MiB", "3MiB"):
         model = open_model(tmp_path / host_memory, host_memory=host_memory)
         with model.fuyou:
             optimizer = fuyou.AdamW(model, max_grad_norm=1.0)
@@ -582,7 +582,7 @@ def test_frozen_parameters_stay_and_take_no_states(tmp_path: Path) -> None:
         store = tmp_path / f"store{number}"
         model = fuyou.from_config(
             tiny_model_config("llama"),
-            offload=fuyou.OffloadConfig(store=store, device="cpu", host_memory="14MiB"),
+            offload=fuyou.OffloadConfig(store=store, device="cpu", host_memory="3MiB"),
             seed=3,
             trainable=[r"model\.layers\.1\..*"],
         )

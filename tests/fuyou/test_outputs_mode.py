@@ -147,7 +147,7 @@ def test_custom_losses_equal_plain_torch(make: Callable[..., Pair], name: str, l
 
 
 @pytest.mark.parametrize("activations", ["recompute", "keep", "ssd"])
-@pytest.mark.parametrize("host_memory", ["14MiB", pytest.param("96MiB", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("host_memory", ["3MiB", pytest.param("96MiB", marks=pytest.mark.slow)])
 def test_any_plan(make: Callable[..., Pair], host_memory: str, activations: str) -> None:
     """In little memory, and with activations that wait."""
     pair = make("llama_tied", host_memory=host_memory, activations=activations)
@@ -249,7 +249,7 @@ def test_scalars_of_a_split_batch(make: Callable[..., Pair]) -> None:
 
 def test_evaluation_between_forward_and_backward(make: Callable[..., Pair]) -> None:
     """Also of a loss-mode pass, and of another batch."""
-    pair = make(changes={"attention_dropout": 0.0}, host_memory="14MiB")
+    pair = make(changes={"attention_dropout": 0.0}, host_memory="3MiB")
     for seed in (3, 4):
         batch, other = rows(pair, seed=seed), rows(pair, 2, seed=9)
         expected = pair.reference.step([batch])

@@ -52,7 +52,7 @@ def test_resume_with_another_plan_in_a_moved_directory(uninterrupted: Any, tmp_p
     train(tmp_path / "a", max_grad_norm, until=3, on_step=losses.__setitem__)
     (tmp_path / "drive").mkdir()
     shutil.move(tmp_path / "a", tmp_path / "drive" / "b")
-    tight = {"host_memory": "14MiB"}
+    tight = {"host_memory": "3MiB"}
     train(tmp_path / "drive" / "b", max_grad_norm, until=5, on_step=losses.__setitem__, **tight)
     model = open_model(tmp_path / "drive" / "b")
     plan = model.fuyou.plan

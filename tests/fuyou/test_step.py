@@ -237,7 +237,7 @@ def failing(module: torch.nn.Module, at_call: int) -> Iterator[None]:
         handle.remove()
 
 
-@pytest.mark.parametrize(("host_memory", "activations"), [("96MiB", "recompute"), ("14MiB", "host")])
+@pytest.mark.parametrize(("host_memory", "activations"), [("96MiB", "recompute"), ("3MiB", "host")])
 @pytest.mark.parametrize(
     ("where", "at_call"),
     [
@@ -424,7 +424,7 @@ def test_embeddings_that_need_a_gradient(make: Callable[..., Pair]) -> None:
 def test_prologues_with_weights_that_their_backward_pass_reads(make: Callable[..., Pair]) -> None:
     """OPT's projection behind its embedding: its weights have left memory, and other weights have come there, by then."""
     # As large as a layer, so that both take the same kind of buffer.
-    pair = make("opt", changes={"vocab_size": 512}, host_memory="13MiB")
+    pair = make("opt", changes={"vocab_size": 512}, host_memory="3MiB")
     for seed in (3, 4):
         batch = pair.batch(seed=seed)
         assert pair.step(joined(batch)) == pair.reference.step(batch)
@@ -648,8 +648,8 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 DEVICE_SAMPLE = {
     ("llama_tied", "96MiB", None),
-    ("llama_tied", "14MiB", 0.5),
-    ("gpt2", "14MiB", None),
+    ("llama_tied", "3MiB", 0.5),
+    ("gpt2", "3MiB", None),
     ("qwen3_moe", "96MiB", 0.5),
 }
 
@@ -658,7 +658,7 @@ DEVICE_SAMPLE = {
     ("name", "host_memory", "max_grad_norm"),
     [
         pytest.param(*case, marks=() if case in DEVICE_SAMPLE else pytest.mark.slow)
-        for case in itertools.product(("llama_tied", "gpt2", "qwen3_moe"), ("96MiB", "14MiB"), (None, 0.5))
+        for case in itertools.product(("llama_tied", "gpt2", "qwen3_moe"), ("96MiB", "3MiB"), (None, 0.5))
     ],
 )
 def test_device_with_memory_of_its_own(
@@ -732,7 +732,7 @@ def test_weights_that_stay_on_the_device(
 
 @pytest.mark.parametrize(
     ("activations", "host_memory"),
-    [("keep", "96MiB"), ("host", "96MiB"), pytest.param("host", "14MiB", marks=pytest.mark.slow), ("ssd", "14MiB")],
+    [("keep", "96MiB"), ("host", "96MiB"), pytest.param("host", "3MiB", marks=pytest.mark.slow), ("ssd", "3MiB")],
 )
 @pytest.mark.parametrize("name", ["gpt2", pytest.param("mixtral", marks=pytest.mark.slow)])
 def test_activations_on_a_device_with_memory_of_its_own(
