@@ -152,7 +152,7 @@ def test_each_weight_is_read_once_a_pass(tmp_path: Path) -> None:
         (["--data", "rows.jsonl", "--set", "promt_field=q"], 2, "did you mean 'prompt_field'"),
         (["--data", "rows.jsonl", "--set", "max_length=1"], 2, "data.max_length=1: expected a number at least 2"),
         (["--data", "rows.jsonl", "--set", "max_length=3"], 1, "no tokens to learn"),
-        (["--data", "rows.jsonl", "--host-memory", "1MiB"], 3, "host_memory"),
+        (["--data", "rows.jsonl", "--host-memory", "64KiB"], 3, "host_memory"),
     ],
 )
 def test_wrong_input_is_one_message(

@@ -47,7 +47,12 @@ def edited_plan(
     plan = fuyou.plan_model(
         config(),
         offload=fuyou.OffloadConfig(
-            store=folder, device="cpu", host_memory="2GiB", compute_dtype=dtype, moment_dtype=moment_dtype
+            store=folder,
+            device="cpu",
+            host_memory="2GiB",
+            compute_dtype=dtype,
+            moment_dtype=moment_dtype,
+            durability="step",  # a profile of this machine might say otherwise
         ),
         batch_size=2,
         sequence_length=8,
