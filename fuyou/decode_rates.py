@@ -16,7 +16,7 @@ import torch
 
 from fuyou.counters import Counters
 from fuyou.hardware import num_cores
-from fuyou.memory import bound_kernel_caches, return_freed_memory
+from fuyou.memory import bound_process_memory
 
 COLD_BYTES = {"cpu": 128 * 2**20, "cuda": 256 * 2**20}
 """Worked through in turn, so that nothing is in a cache of the processor from one repeat to the next."""
@@ -49,8 +49,7 @@ class DecodeRates:
         self.weight_bytes_per_second = functools.cache(self._weight_bytes_per_second)
         self._measured_cache_seconds = functools.cache(self._measured_cache)
         # What large temporaries cost depends on it, and a model that is opened calls it too.
-        return_freed_memory()
-        bound_kernel_caches()
+        bound_process_memory()
 
     def cache_seconds(self, rows: int, tokens: int) -> float:
         """One layer's cache of so many tokens of each text: made longer by one, and read; beyond one of next to nothing,

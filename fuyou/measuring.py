@@ -37,7 +37,7 @@ from fuyou.hardware import (
     num_cores,
     versions_of,
 )
-from fuyou.memory import bound_kernel_caches, return_freed_memory
+from fuyou.memory import bound_process_memory
 from fuyou.plan import Activations
 from io_engine import BufferPool, DirectoryProbe, Extent, PosixEngine, piece_digest, probe_directory
 from optim import ShardLayout
@@ -122,8 +122,7 @@ def measure_hardware(directories: Directories, device: str, compute_dtype: str =
     `cached_hardware`. OSError for a directory that cannot be written.
     """
     # As when a model is opened: what large temporaries cost then depends on it.
-    return_freed_memory()
-    bound_kernel_caches()
+    bound_process_memory()
     paths = drives_of(directories)
     effort = _effort(device)
     if effort is not EFFORTS["quick"]:

@@ -32,6 +32,12 @@ _USUAL_TOP_BYTES = 128 * 2**10
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 
 
+def bound_process_memory() -> None:
+    """What a process does that opens a model, and whoever measures what it will cost there: the two below."""
+    return_freed_memory()
+    bound_kernel_caches()
+
+
 def return_freed_memory() -> bool:
     """Have the C library give freed blocks of 1 MiB and more back at once; False where it is not glibc.
 

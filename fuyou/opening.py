@@ -33,7 +33,7 @@ from fuyou.errors import ConfigError, FuyouError, ModelError
 from fuyou.executor.head import check_chunkable
 from fuyou.freezing import freeze
 from fuyou.hardware import HardwareProfile, cached_hardware
-from fuyou.memory import bound_kernel_caches, return_freed_memory
+from fuyou.memory import bound_process_memory
 from fuyou.plan import Plan, StepShape
 from fuyou.planner import PlanInputs, ShardSize
 from fuyou.planning import choose_device, plan_for, plan_inputs, shard_layouts, shard_sizes
@@ -355,8 +355,7 @@ def _open(
     check: Callable[[], object],
     folder: Path | None,
 ) -> Any:
-    return_freed_memory()
-    bound_kernel_caches()
+    bound_process_memory()
     # I/O threads ask for the interpreter between requests; at Python's 5 ms a busy main thread costs them a quarter.
     sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
     device = choose_device(offload)

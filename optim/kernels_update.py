@@ -115,15 +115,15 @@ class AdamWScalars:
         v's bias is part of eps and of the step size (the end of section 2 of arXiv 1412.6980). The last tuple is what
         old m, v, and root of v are multiplied with.
         """
-        # L2's part of the gradient is not clipped: then the scale has to come first.
-        inner, outer = (gradient_scale, 1.0) if self.l2 else (None, gradient_scale)
+        # L2's part of the gradient is not clipped: with it the scale has to come first.
+        scale = 1.0 if self.l2 else gradient_scale
         correction = self.bias_correction2_sqrt
         return (
             (
-                None if inner is None else np.float32(inner),
+                np.float32(gradient_scale) if self.l2 else None,
                 np.float32(self.l2) if self.l2 else None,
-                np.float32(self.lerp_weight * outer),
-                np.float32(math.sqrt(self.square_weight) * outer),
+                np.float32(self.lerp_weight * scale),
+                np.float32(math.sqrt(self.square_weight) * scale),
             ),
             (None, np.float32(self.eps * correction)),
             (np.float32(self.decay), np.float32(-self.step_size * correction)),
