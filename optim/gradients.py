@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from io_engine import ALIGNMENT_BYTES, BudgetError, Buffer, BufferPool, Engine, Extent, Store, round_up
-from optim.kernels import narrow_gradient, widen_gradient
+from io_engine import BudgetError, Buffer, BufferPool, ByteArray, Engine, Extent, Store
+from optim.kernels import widen_gradient
 from optim.layout import ParameterSlot, ShardLayout
 from optim.norm import TILE_ELEMENTS, parameter_sum, tile_sums
 from optim.updater import Recorder, ShardUpdater
@@ -23,9 +23,6 @@ began in the backward pass is through; it can then neither be clipped nor added 
 
 _PIECE_ELEMENTS = 32 * TILE_ELEMENTS
 """Elements that one worker measures at a time: 8 MiB, so that workers share a large parameter evenly."""
-
-_TRIED_ELEMENTS = 4096
-"""Of a gradient, to see whether more bits than bfloat16's are in it."""
 
 _PATIENCE_SECONDS = 0.5
 """How long to wait for a buffer before looking whether one can come at all."""
@@ -41,16 +38,29 @@ def check_waiting(shards: Iterable[str], early: frozenset[str], waiting: Mapping
 
 
 class ShardGradient:
-    """The float32 gradient of one shard while it is being summed: flat, host memory, padding undefined.
+    """The gradient of one shard while it is being summed: flat, host memory, padding undefined.
 
-    `arrived` names the parameters that have a gradient; the others' elements are undefined.
+    float32; or, until something is added to it, uint16 the bits of bfloat16, in the first half of the same memory. `arrived`
+    names the parameters that have a gradient; the others' elements are undefined.
     """
 
-    def __init__(self, layout: ShardLayout, buffer: Buffer) -> None:
+    def __init__(self, layout: ShardLayout, buffer: Buffer, dtype: type[np.generic] = np.float32) -> None:
         self.layout = layout
         self.buffer = buffer
-        self.array: npt.NDArray[np.float32] = buffer.array[: layout.gradient_bytes].view(np.float32)
+        self.array = self._as(dtype)
         self.arrived: set[str] = set()
+
+    def widen(self) -> None:
+        """Make it float32, with the same values; nobody may be using the array."""
+        if self.array.dtype == np.float32:
+            return
+        narrow, self.array = self.array, self._as(np.float32)
+        # From the end, through memory of its own: a piece comes to lie on itself and on what is behind it.
+        for start in reversed(range(0, narrow.size, _PIECE_ELEMENTS)):
+            self.array[start : start + _PIECE_ELEMENTS] = widen_gradient(narrow[start : start + _PIECE_ELEMENTS])
+
+    def _as(self, dtype: type[np.generic]) -> npt.NDArray[Any]:
+        return self.buffer.array[: self.layout.num_elements * np.dtype(dtype).itemsize].view(dtype)
 
 
 class HeldGradient:
@@ -62,8 +72,8 @@ class HeldGradient:
         self.sums = sums
         """Sum of squares of each parameter's gradient, as `optim.norm` defines it."""
         self.extent: Extent | None = None
-        self.extent_dtype: type[np.generic] = np.float32
-        """Of what is spilled: np.uint16 for bits of bfloat16."""
+        self.dtype: type[np.generic] = gradient.array.dtype.type
+        """np.uint16 for bits of bfloat16."""
         self._gradient: ShardGradient | None = gradient
         self._buffer = gradient.buffer
         self._lock = threading.Lock()
@@ -72,12 +82,17 @@ class HeldGradient:
     @property
     def spilled_bytes(self) -> int:
         """What it takes in a scratch file."""
-        return sum(self.layout.gradient_range(self.layout.num_chunks - 1, self.extent_dtype))
+        return sum(self.layout.gradient_range(self.layout.num_chunks - 1, self.dtype))
 
     @property
-    def array(self) -> npt.NDArray[np.float32] | None:
+    def array(self) -> npt.NDArray[Any] | None:
         """The gradient in host memory for a new user; None once `release` was called."""
         return None if self._gradient is None else self._gradient.array
+
+    @property
+    def bytes_to_spill(self) -> ByteArray:
+        """Its memory, in whole pages, padding included; before `release`."""
+        return self._buffer.array[: self.spilled_bytes]
 
     def use(self) -> Callable[[], None]:
         """Keep the memory, if there is any yet, until the function that is returned is called, once."""
@@ -150,7 +165,9 @@ class GradientIntake:
 
     # --- the caller's side ---------------------------------------------------------------------------------
 
-    def acquire(self, layout: ShardLayout, updates_are_done: Callable[[], bool]) -> ShardGradient:
+    def acquire(
+        self, layout: ShardLayout, dtype: type[np.generic], updates_are_done: Callable[[], bool]
+    ) -> ShardGradient:
         """An empty gradient; blocks while the pool is used up.
 
         BudgetError if it is and no buffer can come back: nothing is being taken in, and
@@ -164,11 +181,10 @@ class GradientIntake:
                 raise self._updater.error.with_traceback(None)
             try:
                 if idle:
-                    return ShardGradient(layout, self._gradients.acquire(layout.gradient_bytes, block=False))
-                return ShardGradient(
-                    layout,
-                    self._gradients.acquire(layout.gradient_bytes, timeout_seconds=_PATIENCE_SECONDS),
-                )
+                    buffer = self._gradients.acquire(layout.gradient_bytes, block=False)
+                else:
+                    buffer = self._gradients.acquire(layout.gradient_bytes, timeout_seconds=_PATIENCE_SECONDS)
+                return ShardGradient(layout, buffer, dtype)
             except TimeoutError:
                 continue
             except BudgetError as error:
@@ -272,24 +288,19 @@ class GradientIntake:
         the gradients' pool may be waiting in line behind this one.
         """
         layout = gradient.layout
-        if earlier.array is not None:
-            self._add_range(layout, gradient, earlier.arrived, earlier.array, 0)
-        else:
+        gradient.widen()
+        for chunk in range(layout.num_chunks):
+            start, stop = layout.chunk_range(chunk)
+            if earlier.array is not None:
+                self._add_range(layout, gradient, earlier.arrived, earlier.array[start:stop], start)
+                continue
             assert earlier.extent is not None
-            for chunk in range(layout.num_chunks):
-                offset, num_bytes = layout.gradient_range(chunk, earlier.extent_dtype)
-                with self._records.acquire(num_bytes) as staging:
-                    array = staging.array[:num_bytes]
-                    self._engine.read(earlier.extent.sub(offset, num_bytes), array).wait()
-                    self._add_range(
-                        layout,
-                        gradient,
-                        earlier.arrived,
-                        array.view(np.float32)
-                        if earlier.extent_dtype is np.float32
-                        else widen_gradient(array.view(np.uint16)),
-                        layout.chunk_range(chunk)[0],
-                    )
+            offset, num_bytes = layout.gradient_range(chunk, earlier.dtype)
+            with self._records.acquire(num_bytes) as staging:
+                array = staging.array[:num_bytes]
+                self._engine.read(earlier.extent.sub(offset, num_bytes), array).wait()
+                self._add_range(layout, gradient, earlier.arrived, array.view(earlier.dtype)[: stop - start], start)
+        if earlier.array is None:
             self.bytes_spilled += earlier.spilled_bytes
         gradient.arrived |= earlier.arrived
 
@@ -298,10 +309,12 @@ class GradientIntake:
         layout: ShardLayout,
         gradient: ShardGradient,
         arrived: frozenset[str],
-        values: npt.NDArray[np.float32],
+        values: npt.NDArray[Any],
         begin: int,
     ) -> None:
         """Add `values`, elements `begin` and following of an earlier gradient of the parameters `arrived`."""
+        if values.dtype == np.uint16:
+            values = widen_gradient(values)
         for p in layout.parameters:
             a, b = max(p.start, begin), min(p.stop, begin + len(values))
             if p.name not in arrived or a >= b:
@@ -331,50 +344,11 @@ class GradientIntake:
 
     def _spill(self, held: HeldGradient) -> None:
         layout = held.layout
-        assert held.array is not None
         extent = self._extents.get(layout.name)
         if extent is None:  # asked for once: the store answers only between commits
             extent = self._store.scratch(f"{layout.name}/gradient", layout.gradient_bytes)
             self._extents[layout.name] = extent
-        if self._spill_narrow(held, extent):
-            held.extent_dtype = np.uint16
-        else:
-            self._engine.write(extent, held.array.view(np.uint8)).wait()
+        self._engine.write(extent.sub(0, held.spilled_bytes), held.bytes_to_spill).wait()
         self.bytes_spilled += held.spilled_bytes
         held.extent = extent
         held.release()
-
-    def _spill_narrow(self, held: HeldGradient, extent: Extent) -> bool:
-        """Spill half of the bytes if nothing is lost; False, and whatever in the extent, if something would be.
-
-        Nothing is where one micro-batch was computed in bfloat16: a sum of one has no more bits. Through a buffer of the
-        records' pool, of the size that its other buffers have, since an update may be reading the gradient itself.
-        """
-        layout, gradient = held.layout, held.array
-        assert gradient is not None
-        arrived = [p for p in layout.parameters if p.name in held.arrived]  # the rest is undefined
-        few = gradient[arrived[0].start : arrived[0].stop][:_TRIED_ELEMENTS]
-        if layout.compute_dtype != "bfloat16" or not narrow_gradient(few, np.empty(few.size, np.uint16)):
-            return False
-        # What an update of this shard takes: there is room for that (optim.updater.check_room).
-        staging_bytes = layout.gradient_range(0)[1] if layout.name in self._resident else layout.full_record_bytes
-        # Whole pages: chunks begin at them.
-        num_at_once = max(1, staging_bytes // layout.gradient_range(0, np.uint16)[1]) * layout.chunk_elements
-        with self._records.acquire(staging_bytes) as staging:
-            for start in range(0, layout.num_elements, num_at_once):
-                stop = min(start + num_at_once, layout.num_elements)
-                narrowed = staging.array[: round_up(2 * (stop - start), ALIGNMENT_BYTES)]
-                pieces = [
-                    (a, min(a + _PIECE_ELEMENTS, p.stop, stop))
-                    for p in arrived
-                    for a in range(max(p.start, start), min(p.stop, stop), _PIECE_ELEMENTS)
-                ]
-                bits = narrowed.view(np.uint16)
-
-                def narrow(piece: tuple[int, int], bits: Any = bits, start: int = start) -> bool:
-                    return narrow_gradient(gradient[piece[0] : piece[1]], bits[piece[0] - start : piece[1] - start])
-
-                if not all(self._updater.map(narrow, pieces)):
-                    return False
-                self._engine.write(extent.sub(2 * start, narrowed.size), narrowed).wait()
-        return True

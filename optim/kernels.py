@@ -24,7 +24,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from optim.kernels_compile import compiled, inlined
 from optim.kernels_intrinsics import high_half, join_halves, low_half, max_magnitude, scratch, widen
@@ -76,7 +75,6 @@ __all__ = [
     "encode_moments_bfloat16",
     "encode_moments_int8",
     "join_master",
-    "narrow_gradient",
     "num_moment_blocks",
     "split_master",
     "stochastic_key",
@@ -129,19 +127,6 @@ def _split(p: Float32Array, high: UInt16Array, low: UInt16Array) -> Any:
         low[i] = low_half(value)
         largest = max_magnitude(largest, value)
     return largest >= OVERFLOWING_HIGH_BITS
-
-
-@compiled
-def _narrow(values: NDArray[np.uint32], narrowed: UInt16Array) -> bool:
-    # Tile by tile, so that values with more bits are found out at the first one.
-    for start in range(0, values.size, TILE_ELEMENTS):
-        lost = np.uint32(0)
-        for i in range(start, min(start + TILE_ELEMENTS, values.size)):
-            lost |= values[i] & np.uint32(0xFFFF)
-            narrowed[i] = values[i] >> np.uint32(16)
-        if lost:
-            return False
-    return True
 
 
 @compiled
@@ -212,18 +197,8 @@ def join_master(high: UInt16Array, low: UInt16Array, p: Float32Array) -> None:
     _join(high, low, p)
 
 
-def narrow_gradient(g: Float32Array, narrowed: UInt16Array) -> bool:
-    """Write the bits of g: float32[n], each of which is a bfloat16, to narrowed: uint16[n]; False if one is none.
-
-    What is written then is of no use. Blocks, without the GIL. ValueError as in `adamw_split`.
-    """
-    check_arrays(g.size, (np.float32,), g=g)
-    check_arrays(g.size, (np.uint16,), narrowed=narrowed)
-    return bool(_narrow(g.view(np.uint32), narrowed))
-
-
 def widen_gradient(narrowed: UInt16Array) -> Float32Array:
-    """What `narrow_gradient` was given, in new memory: uint16[n] -> float32[n]."""
+    """The same values in new memory: uint16[n], the bits of bfloat16, -> float32[n]."""
     return np.left_shift(narrowed, 16, dtype=np.uint32).view(np.float32)
 
 
@@ -237,7 +212,6 @@ def warm_up(moment_dtype: str = "float32", *, narrow_gradients: bool = False) ->
     high, low = np.zeros(n, np.uint16), np.zeros(n, np.uint16)
     p = np.zeros(n, np.float32)
     g: Any = np.zeros(n, np.uint16 if narrow_gradients else np.float32)
-    narrow_gradient(p, low)
     scalars = AdamWScalars.at_step(1e-3, 0.9, 0.999, 1e-8, 0.0, step=1)
     split_master(p, high, low)
     join_master(high, low, p)

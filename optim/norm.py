@@ -20,7 +20,8 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 from numpy.typing import NDArray
 
-from optim.kernels import compiled
+from optim.kernels_compile import compiled
+from optim.kernels_intrinsics import widen
 
 TILE_ELEMENTS: Final = 65_536
 _NUM_LANES: Final = 32
@@ -33,15 +34,18 @@ for_range: Any = cgutils.for_range
 array_struct: Any = make_array
 
 _FLOATS: Final = ir.VectorType(ir.FloatType(), _NUM_LANES)
+_BITS: Final = ir.VectorType(ir.IntType(32), _NUM_LANES)
+_HALVES: Final = ir.VectorType(ir.IntType(16), _NUM_LANES)
 _DOUBLES: Final = ir.VectorType(ir.DoubleType(), _NUM_LANES)
 
 
 def _add_rows(_context: Any, g: Any, start: Any, num_rows: Any, lanes: Any) -> Any:
     """lanes[j] = sum of g[start + 32 * row + j] ** 2 over the rows in their order, for all lanes j at once.
 
-    (float32[n], int64, int64, float64[32]) -> None. One vector of 32 float64 that stays in registers; from
-    plain loops LLVM keeps the lanes in memory and takes four times as long.
+    (float32[n] or uint16[n] of bfloat16's bits, int64, int64, float64[32]) -> None. One vector of 32 float64 that
+    stays in registers; from plain loops LLVM keeps the lanes in memory and takes four times as long.
     """
+    is_narrow = g.dtype == types.uint16
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         g, start, num_rows, lanes = arguments
@@ -50,8 +54,14 @@ def _add_rows(_context: Any, g: Any, start: Any, num_rows: Any, lanes: Any) -> A
         sums = alloca_once_value(builder, ir.Constant(_DOUBLES, [0.0] * _NUM_LANES))
         with for_range(builder, num_rows) as loop:
             index = builder.add(start, builder.mul(loop.index, ir.Constant(loop.index.type, _NUM_LANES)))
-            row = builder.bitcast(builder.gep(g_data, [index]), _FLOATS.as_pointer())
-            values = builder.fpext(builder.load(row, align=4), _DOUBLES)
+            address = builder.gep(g_data, [index])
+            if is_narrow:
+                halves = builder.load(builder.bitcast(address, _HALVES.as_pointer()), align=2)
+                shift = ir.Constant(_BITS, [16] * _NUM_LANES)
+                floats = builder.bitcast(builder.shl(builder.zext(halves, _BITS), shift), _FLOATS)
+            else:
+                floats = builder.load(builder.bitcast(address, _FLOATS.as_pointer()), align=4)
+            values = builder.fpext(floats, _DOUBLES)
             builder.store(builder.fadd(builder.load(sums), builder.fmul(values, values)), sums)
         builder.store(builder.load(sums), builder.bitcast(lanes_data, _DOUBLES.as_pointer()), align=8)
         return context.get_dummy_value()
@@ -63,7 +73,7 @@ add_rows: Any = intrinsic(_add_rows)
 
 
 @compiled
-def _tile_sums(g: NDArray[np.float32], sums: NDArray[np.float64]) -> None:
+def _tile_sums(g: Any, sums: NDArray[np.float64]) -> None:
     lanes = np.empty(_NUM_LANES, np.float64)
     for tile in range(sums.size):
         start = tile * TILE_ELEMENTS
@@ -72,7 +82,7 @@ def _tile_sums(g: NDArray[np.float32], sums: NDArray[np.float64]) -> None:
         add_rows(g, start, num_full_rows, lanes)
         row_start = start + num_full_rows * _NUM_LANES
         for lane in range(end - row_start):
-            value = np.float64(g[row_start + lane])
+            value = np.float64(widen(g[row_start + lane]))
             lanes[lane] += value * value
         total = 0.0
         for lane in range(_NUM_LANES):
@@ -80,18 +90,18 @@ def _tile_sums(g: NDArray[np.float32], sums: NDArray[np.float64]) -> None:
         sums[tile] = total
 
 
-def tile_sums(g: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Sums of squares of a gradient's tiles: float32[n] in host memory -> new float64[ceil(n / 65536)].
+def tile_sums(g: NDArray[np.float32] | NDArray[np.uint16]) -> NDArray[np.float64]:
+    """Sums of squares of a gradient's tiles: float32[n], or uint16[n] the bits of bfloat16, -> new float64[ceil(n / 65536)].
 
     For a part of a parameter, pass a slice that starts at a multiple of TILE_ELEMENTS and ends at one or at
     the parameter's end; the parts' results, concatenated, are the whole's. Blocks the calling thread, without
-    the GIL. g is only read. NaN and infinity give sums that are not finite. ValueError for another dtype or
+    the GIL. g, in host memory, is only read. NaN and infinity give sums that are not finite. ValueError for another dtype or
     layout.
     """
-    if g.dtype != np.float32 or g.ndim != 1 or not g.flags.c_contiguous:
+    if g.dtype not in (np.float32, np.uint16) or g.ndim != 1 or not g.flags.c_contiguous:
         raise ValueError(
             f"the gradient is {g.dtype}{list(g.shape)} with strides {g.strides}, but tiles are cut from flat "
-            f"memory: pass a contiguous 1-D float32 array"
+            f"memory: pass a contiguous 1-D array of float32, or of bfloat16's bits as uint16"
         )
     sums = np.empty(-(-g.size // TILE_ELEMENTS), np.float64)
     _tile_sums(g, sums)
@@ -101,6 +111,7 @@ def tile_sums(g: NDArray[np.float32]) -> NDArray[np.float64]:
 def warm_up() -> None:
     """Compile `tile_sums`, or load it from numba's cache: `optim.kernels.warm_up` does not know of it."""
     tile_sums(np.zeros(1, np.float32))
+    tile_sums(np.zeros(1, np.uint16))
 
 
 def parameter_sum(tile_sums: NDArray[np.float64]) -> float:

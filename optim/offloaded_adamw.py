@@ -125,11 +125,8 @@ class OffloadedAdamW(torch.optim.Optimizer):
             },
         )
         check_room(records, shards, self._waiting, self._resident.keys())
-        formats = {(shard.moment_dtype, False) for shard in shards}
-        formats |= {
-            (shard.moment_dtype, shard.compute_dtype == "bfloat16")
-            for shard in shards
-            if self._waiting[shard.name] == "spill"
+        formats = {
+            (shard.moment_dtype, narrow) for shard in shards for narrow in {False, shard.compute_dtype == "bfloat16"}
         }
         for moment_dtype, narrow_gradients in formats:
             kernels.warm_up(moment_dtype, narrow_gradients=narrow_gradients)
@@ -508,10 +505,11 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 self._submit_commit(commit)
         return job
 
-    def acquire_gradient(self, shard: str) -> ShardGradient:
+    def acquire_gradient(self, shard: str, dtype: type[np.generic] = np.float32) -> ShardGradient:
         """An empty buffer in which to sum one backward pass's gradient; blocks while the pool is used up.
 
-        What an earlier backward pass left since the last step is added when this one is complete.
+        `dtype` np.uint16: the bits of bfloat16, for what needs no sum, one micro-batch's gradient. What an earlier
+        backward pass left since the last step is added when this one is complete.
         RuntimeError for a second backward pass without `accumulate` before, BudgetError if no buffer can become
         free.
         """
@@ -527,7 +525,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
             for group in self.param_groups:
                 check_group(group)
         return self._intake.acquire(
-            self._shards[shard], lambda: all(job.done.is_set() for job in list(self._jobs.values()))
+            self._shards[shard], dtype, lambda: all(job.done.is_set() for job in list(self._jobs.values()))
         )
 
     def begin_backward(self) -> None:
@@ -628,7 +626,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
     ) -> UpdateJob:
         """Queue an update, which keeps the gradient's memory to its end."""
         slot = self._slots[layout.name]
-        gradient: npt.NDArray[np.float32] | None = np.empty(0, np.float32)
+        gradient: npt.NDArray[Any] | None = np.empty(0, np.float32)
         give_up = None
         if held is not None:
             gradient, give_up = held.array, held.use()
@@ -638,7 +636,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
                 weights=weights,
                 gradient=gradient,
                 gradient_extent=held.extent if held is not None and gradient is None else None,
-                gradient_extent_dtype=np.float32 if held is None else held.extent_dtype,
+                gradient_dtype=np.float32 if held is None else held.dtype,
                 updates=updates,
                 gradient_scale=gradient_scale,
                 state_from=self._store.extent(layout.state_name, slot),

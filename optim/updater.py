@@ -60,10 +60,10 @@ class UpdateInputs:
 
     weights: npt.NDArray[np.uint8]
     """The shard's whole weight extent, updated in place."""
-    gradient: npt.NDArray[np.float32] | None
+    gradient: npt.NDArray[Any] | None
     """The shard's gradient in host memory; None if it was spilled to `gradient_extent`."""
     gradient_extent: Extent | None
-    gradient_extent_dtype: type[np.generic]
+    gradient_dtype: type[np.generic]
     """np.uint16 for bits of bfloat16."""
     updates: Mapping[str, ParameterUpdate]
     """By parameter; those without an entry keep their weights and states."""
@@ -388,7 +388,7 @@ class ShardUpdater:
         layout, inputs = job.layout, job.inputs
         offset, num_bytes = layout.state_range(index)
         start, stop = layout.chunk_range(index)
-        gradient_offset, gradient_bytes = layout.gradient_range(index, inputs.gradient_extent_dtype)
+        gradient_offset, gradient_bytes = layout.gradient_range(index, inputs.gradient_dtype)
         resident = inputs.resident_state
         spilled_bytes = gradient_bytes if inputs.gradient is None else 0
         staged_bytes = spilled_bytes if resident is not None else num_bytes + spilled_bytes
@@ -414,7 +414,7 @@ class ShardUpdater:
                 staging = chunk.buffer.array[staged_bytes - spilled_bytes : staged_bytes]
                 piece = inputs.gradient_extent.sub(gradient_offset, gradient_bytes)
                 chunk.transfers.append(self._engine.read(piece, staging))
-                chunk.gradient = staging.view(inputs.gradient_extent_dtype)[: stop - start]
+                chunk.gradient = staging.view(inputs.gradient_dtype)[: stop - start]
         except BaseException as error:
             if isinstance(error, BudgetError) and not block:
                 return None

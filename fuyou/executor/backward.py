@@ -106,12 +106,12 @@ class BackwardSweep:
             self._epilogue_backward(record, gradients)
         if record.needs_prologue:
             prologue_held.enter_context(self._bound.block("prologue"))
-            self._gradients.open("prologue")
+            self._gradients.open("prologue", once=record.is_one)
         for index in layers:
             self._layer_backward(index, record)
         if prologue or any(micro_batch.into_prologue for micro_batch in record.micro_batches):
             prologue_held.enter_context(self._bound.block("prologue"))
-            self._gradients.open("prologue")
+            self._gradients.open("prologue", once=record.is_one)
             with self._stopwatch.computing("prologue backward"):
                 for micro_batch in record.micro_batches:
                     edges = [edge for edge, _ in micro_batch.into_prologue]
@@ -140,7 +140,7 @@ class BackwardSweep:
         block = self._layer_blocks[index]
         with self._bound.block(block.name) if block is not None else contextlib.nullcontext():
             if block is not None:
-                self._gradients.open(block.name)
+                self._gradients.open(block.name, once=record.is_one)
             for micro_batch in record.micro_batches:
                 call = micro_batch.calls.get(index)
                 if call is not None:
@@ -153,7 +153,7 @@ class BackwardSweep:
     def _epilogue_backward(self, record: ForwardRecord, gradients: Sequence[torch.Tensor | None]) -> None:
         """Run the backward pass of what is behind the last layer, given the gradients of the outputs."""
         with self._bound.block("epilogue"), self._stopwatch.computing("epilogue backward"):
-            self._gradients.open("epilogue")
+            self._gradients.open("epilogue", once=record.is_one)
             for micro_batch in record.micro_batches:
                 roots: list[tuple[GradientEdge, torch.Tensor]] = []
                 for root, gradient in zip(record.roots, gradients, strict=True):

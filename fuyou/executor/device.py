@@ -58,7 +58,7 @@ class Device(Protocol):
         ...
 
     def gradient_sum(self, host: torch.Tensor) -> torch.Tensor:
-        """Flat float32 memory on the device in which to sum a gradient that goes to `host`."""
+        """Flat memory on the device, of the same data type, in which to sum a gradient that goes to `host`."""
         ...
 
     def current(self) -> contextlib.AbstractContextManager[Any]:
@@ -313,7 +313,7 @@ class CudaDevice:
 
     def gradient_sum(self, host: torch.Tensor) -> torch.Tensor:
         """Memory of the device, from torch's caching allocator."""
-        return torch.empty(host.shape, dtype=torch.float32, device=self.torch_device)
+        return torch.empty(host.shape, dtype=host.dtype, device=self.torch_device)
 
     def current(self) -> contextlib.AbstractContextManager[Any]:
         """As torch.cuda.device; autograd's own thread may have another current device."""

@@ -1,10 +1,15 @@
-"""Gradients on their way out: summed in float32 on the device over all micro-batches, then handed to the optimizer."""
+"""Gradients on their way out: summed in float32 on the device over all micro-batches, then handed to the optimizer.
+
+Where there is one micro-batch in bfloat16 nothing is summed, and bfloat16 holds every bit: half of the bytes to copy, to measure,
+to spill and to read.
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -18,10 +23,27 @@ from optim import OffloadedAdamW, ShardGradient, ShardLayout
 
 
 class _OpenGradient:
-    """A shard's gradient while it is being summed on the device."""
+    """A shard's gradient while it is being summed on the device, flat."""
 
-    def __init__(self, gradient: ShardGradient, flat: torch.Tensor) -> None:
-        self.gradient, self.flat = gradient, flat
+    def __init__(self, gradient: ShardGradient, device: Device) -> None:
+        self.gradient, self._device = gradient, device
+        self.flat = device.gradient_sum(self.host)
+
+    @property
+    def host(self) -> torch.Tensor:
+        """Where it goes."""
+        host = torch.from_numpy(self.gradient.array)
+        return host if host.dtype == torch.float32 else host.view(torch.bfloat16)
+
+    def widen(self) -> None:
+        """Make it float32, with the same values."""
+        if self.flat.dtype == torch.float32:
+            return
+        narrow = self.flat
+        self.gradient.widen()
+        self.flat = self._device.gradient_sum(self.host)
+        if self._device.has_own_memory:
+            self.flat.copy_(narrow)
 
 
 class GradientSums:
@@ -38,6 +60,7 @@ class GradientSums:
     ) -> None:
         self._parameters, self._layouts, self._blocks = parameters, dict(layouts), blocks
         self._bound, self._device, self._stopwatch = bound, device, stopwatch
+        self._borrowed = {shard for block in blocks.values() for shard in block.borrows}
         self._slots = {slot.name: (name, slot) for name, layout in layouts.items() for slot in layout.parameters}
         self._adapters: dict[str, tuple[ShardLayout, ...]] = {}
         """By block, shards of trained parameters in its modules that are not streamed."""
@@ -76,17 +99,20 @@ class GradientSums:
         """Whether adapters in the block are trained."""
         return block in self._adapters
 
-    def open(self, block_name: str) -> None:
-        """Make room to sum the gradients of a block's trainable parameters, borrowed ones included."""
+    def open(self, block_name: str, *, once: bool) -> None:
+        """Make room to sum the gradients of a block's trainable parameters, borrowed ones included.
+
+        `once`: each of them, if it is not borrowed, will come once, of one micro-batch. (More may come, at a price.)
+        """
         assert self.optimizer is not None
         block = self._blocks[block_name]
         for shard in (block_name, *block.borrows, *(layout.name for layout in self._adapters.get(block_name, ()))):
             if shard not in self._layouts or shard in self._open or not self.optimizer.trains(shard):
                 continue
+            narrow = once and shard not in self._borrowed and self._layouts[shard].compute_dtype == "bfloat16"
             with self._stopwatch.waiting(f"memory for the gradient of {shard}"):
-                gradient = self.optimizer.acquire_gradient(shard)
-            host = torch.from_numpy(gradient.array)
-            self._open[shard] = _OpenGradient(gradient, self._device.gradient_sum(host))
+                gradient = self.optimizer.acquire_gradient(shard, np.uint16 if narrow else np.float32)
+            self._open[shard] = _OpenGradient(gradient, self._device)
             # Behind it: Ctrl-C may come here, and what is open is given back then.
             self._bound.stream.read_ahead()
 
@@ -101,7 +127,7 @@ class GradientSums:
         if early and name not in self._bound:
             self._bound.bind(name)  # before anything is taken from `_open`: if it fails, `drop` gives the gradient back
         open_ = self._open.pop(name)
-        wait = self._device.download(open_.flat, torch.from_numpy(open_.gradient.array))
+        wait = self._device.download(open_.flat, open_.host)
         if not early:
             self.optimizer.gradient_complete(open_.gradient, wait=wait)
             return
@@ -121,6 +147,7 @@ class GradientSums:
         for name, open_ in self._open.items():
             for slot in self._layouts[name].parameters:
                 if slot.name in open_.gradient.arrived:
+                    open_.widen()
                     open_.flat[slot.start : slot.stop] *= factor
 
     def drop(self) -> None:
@@ -130,7 +157,7 @@ class GradientSums:
         self._open.clear()
 
     def _arrived(self, name: str, parameter: torch.Tensor) -> None:
-        """A parameter's gradient is whole for one micro-batch: add it to the float32 sum and free it."""
+        """A parameter's gradient is whole for one micro-batch: add it to the sum and free it."""
         self._bound.stream.read_ahead()
         shard, slot = self._slots[name]
         open_ = self._open.get(shard)
@@ -142,9 +169,12 @@ class GradientSums:
                 f"{name} got a gradient while its weights were on the drive: this model uses it outside of the block that "
                 "owns it, which cannot be streamed"
             )
+        is_first = name not in open_.gradient.arrived
+        if not is_first:
+            open_.widen()
         total = open_.flat[slot.start : slot.stop].view(slot.shape)
-        if name in open_.gradient.arrived:
-            total.add_(gradient)
-        else:
+        if is_first:
             total.copy_(gradient)
             open_.gradient.arrived.add(name)
+        else:
+            total.add_(gradient)

@@ -129,6 +129,11 @@ class ForwardRecord:
     roots: list[Root] = dataclasses.field(default_factory=list)
     """Of a forward pass whose loss is computed by the caller: the outputs that carry gradients, in order."""
 
+    @property
+    def is_one(self) -> bool:
+        """Whether it is of one micro-batch."""
+        return len(self.micro_batches) == 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Output:

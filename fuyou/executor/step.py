@@ -157,7 +157,7 @@ class StepExecutor:
         with self._running(record.micro_batches, record), self._state.autocast(autocast):
             self._run_layers(record.micro_batches, step, self._backward.visits(epilogue_again=False))
             with self._bound.block("epilogue"), torch.enable_grad():
-                self._gradients.open("epilogue")
+                self._gradients.open("epilogue", once=record.is_one and self._chunked_head is None)
                 for micro_batch in record.micro_batches:
                     with self._loss_in_chunks(micro_batch, autocast[1]):
                         self._forward.finish(micro_batch)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import greenlet
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -55,6 +56,7 @@ class Pair:
         trainable: list[str] | None = None,
         activations: Any = "recompute",
         edit: Callable[[BlockPlan], BlockPlan] | None = None,
+        dtype: str = "float32",
     ) -> None:
         self.config = tiny_model_config(name)
         for key, value in (changes or {}).items():
@@ -62,7 +64,7 @@ class Pair:
         offload = fuyou.OffloadConfig(
             store=folder / "store",
             device="cpu",
-            compute_dtype="float32",
+            compute_dtype=dtype,
             micro_batch_size=micro_batch_size,
             host_memory=host_memory,
             durability="step",  # whatever another test has measured
@@ -83,7 +85,7 @@ class Pair:
         self.model.save_pretrained(folder / "start")
         implementation = self.config._attn_implementation
         self.plain = AutoModelForCausalLM.from_pretrained(
-            folder / "start", dtype=torch.float32, attn_implementation=implementation
+            folder / "start", dtype=getattr(torch, dtype), attn_implementation=implementation
         )
         for own in (self.model, self.plain):
             for parameter_name, parameter in own.named_parameters():
@@ -94,7 +96,7 @@ class Pair:
             for parameter_name, parameter in self.plain.named_parameters():
                 parameter.requires_grad_(streamed[parameter_name].requires_grad)
         self.reference = ReferenceTrainer(
-            self.plain, compute_dtype="float32", max_grad_norm=max_grad_norm, seed=7, **OPTIONS
+            self.plain, compute_dtype=dtype, max_grad_norm=max_grad_norm, seed=7, **OPTIONS
         )
         self.optimizer = fuyou.AdamW(self.model, max_grad_norm=max_grad_norm, **OPTIONS)
 
@@ -682,6 +684,45 @@ def test_device_with_memory_of_its_own(
     # Those that stay in host memory, too, are on the device for their turn alone.
     assert 0 < device.most_weights <= NUM_ON_DEVICE
     assert not device._weights
+
+
+@pytest.mark.parametrize("has_device", [False, True])
+@pytest.mark.parametrize("host_memory", ["96MiB", "3MiB"])
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3_moe"])
+def test_one_micro_batch_in_bfloat16(
+    make: Callable[..., Pair], monkeypatch: pytest.MonkeyPatch, name: str, host_memory: str, has_device: bool
+) -> None:
+    """Its gradients stay in bfloat16, unless something is to be added to them: the bits of sums in float32."""
+    if has_device:
+        device = LateDevice()
+        monkeypatch.setattr(fuyou.runtime, "make_device", lambda *_args: device)
+    pair = make(name, host_memory=host_memory, max_grad_norm=0.5, dtype="bfloat16")
+    dtypes: dict[str, Any] = {}
+    acquire = pair.optimizer.acquire_gradient
+
+    def acquire_gradient(shard: str, dtype: Any) -> Any:
+        dtypes[shard] = dtype
+        return acquire(shard, dtype)
+
+    monkeypatch.setattr(pair.optimizer, "acquire_gradient", acquire_gradient)
+    whole = {"prologue"} if name == "llama_tied" else set()
+    for step, num_micro_batches in enumerate((1, 2, 1)):
+        batch = pair.batch(num_micro_batches, seed=step)
+        assert pair.step(joined(batch)) == pair.reference.step(batch)
+        assert {s for s, dtype in dtypes.items() if dtype is np.float32} == (
+            whole if num_micro_batches == 1 else set(dtypes)
+        )
+    batch = pair.batch(1, seed=3)
+    assert pair.step(joined(batch), 0.25)[1] == pair.reference.step(batch, [0.25])[1]
+    # A pass after the other: what is in memory, or spilled, is added to.
+    batch = pair.batch(3, seed=4)
+    for micro_batch in batch:
+        pair.model(**micro_batch).loss.backward()
+    pair.optimizer.step()
+    assert pair.optimizer.last_step.grad_norm == pair.reference.step(batch, [1.0] * 3)[1]
+    pair.assert_equal()
+    if has_device:
+        device.check()
 
 
 @pytest.mark.parametrize("in_host", [True, False])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -219,6 +219,8 @@ class Trainer:
             name: torch.nn.Parameter(torch.zeros(shape)) for shapes in SHAPES.values() for name, shape in shapes.items()
         }
         self.num_dropped = 0
+        self.narrow: Collection[str] = ()
+        """Shards whose gradients come in bfloat16."""
         early = {
             "backward": frozenset(SHAPES),
             "mixed": frozenset(("prologue", "layers.1")),
@@ -313,8 +315,8 @@ class Trainer:
 
     def complete(self, shard: str, gradients: Gradients) -> None:
         """The shard's backward pass: its gradient arrives when it is waited for."""
-        gradient = self.optimizer.acquire_gradient(shard)
-        gradient.array.fill(np.nan)
+        gradient = self.optimizer.acquire_gradient(shard, np.uint16 if shard in self.narrow else np.float32)
+        gradient.array.view(np.uint16).fill(0x7FFF)  # NaN
         gradient.arrived |= gradients.keys() & SHAPES[shard].keys()
 
         def wait() -> None:
@@ -400,7 +402,10 @@ class SharedBuffer:
 def _arrive(gradient: ShardGradient, gradients: Gradients) -> None:
     for p in gradient.layout.parameters:
         if p.name in gradient.arrived:
-            gradient.array[p.start : p.stop] = gradients[p.name]
+            values = gradients[p.name]
+            gradient.array[p.start : p.stop] = (
+                values if gradient.array.dtype == np.float32 else values.view(np.uint32) >> 16
+            )
 
 
 def own_threads(before: frozenset[threading.Thread] = frozenset()) -> list[str]:

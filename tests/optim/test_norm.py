@@ -57,6 +57,16 @@ def test_short_tensors_have_the_bits_of_the_definition(num_elements: int, seed: 
     assert tile_sums(gradient).tolist() == sums_by_definition(gradient)
 
 
+@pytest.mark.parametrize("num_elements", [0, 1, 31, 32, 33, 65_536, 65_537, 65_568, 65_569, 2 * 65_536 + 17])
+def test_a_gradient_in_bfloat16_has_the_sums_of_its_values(num_elements: int) -> None:
+    bits = np.random.default_rng(num_elements).integers(0, 0x7F80, num_elements, np.uint16)  # all that are finite
+    bits |= np.random.default_rng(1).integers(0, 2, num_elements, np.uint16) << 15
+    values = torch.from_numpy(bits).view(torch.bfloat16).float().numpy()
+    assert tile_sums(bits).tolist() == sums_by_definition(values)
+    # Anywhere in memory.
+    assert tile_sums(np.concatenate([bits[:1], bits])[1:]).tolist() == sums_by_definition(values)
+
+
 def test_parts_cut_at_tiles_give_the_whole() -> None:
     gradient = gradient_of(5 * TILE_ELEMENTS + 1000, seed=5)
     edges = [0, 2 * TILE_ELEMENTS, 3 * TILE_ELEMENTS, gradient.size]
@@ -134,7 +144,7 @@ def test_a_max_norm_that_would_spoil_gradients_is_refused(max_norm: float) -> No
     ids=["dtype", "2-D", "strided"],
 )
 def test_gradients_that_are_not_flat_float32_are_refused(gradient: NDArray[np.float32]) -> None:
-    with pytest.raises(ValueError, match="contiguous 1-D float32"):
+    with pytest.raises(ValueError, match="contiguous 1-D array of float32"):
         tile_sums(gradient)
 
 
