@@ -82,7 +82,9 @@ class Scenario:
 
 
 SCENARIOS = {
-    "206M": Scenario("206M, one micro-batch a step, clipping that never triggers", "206M", EVERYONE),
+    "206M": Scenario(
+        "206M, one micro-batch a step, clipping that never triggers", "206M", EVERYONE, host_memory="600MiB"
+    ),
     "206M-clipped": Scenario(
         "206M, one micro-batch a step, clipping that always triggers",
         "206M",
