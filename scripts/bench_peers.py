@@ -70,6 +70,7 @@ class Scenario:
     num_rows: int = 2
     length: int = 128
     max_norm: float = NEVER
+    learning_rate: float = 3e-4
     host_memory: str = "768MiB"
     """Fuyou's budget."""
     memory_limit: str | None = "8GiB"
@@ -104,6 +105,7 @@ SCENARIOS = {
         "567M under a hard limit of 1.5 GiB",
         "567M",
         ("fuyou", "deepspeed-lean"),
+        learning_rate=2e-5,  # from random weights, without warming up, the loss grows with more
         memory_limit="1.5GiB",
         without_limit=("deepspeed-lean",),
         rounds=2,
@@ -114,6 +116,7 @@ SCENARIOS = {
         "1.2B under a hard limit of 1.5 GiB",
         "1.2B",
         ("fuyou", "deepspeed-lean"),
+        learning_rate=2e-5,
         memory_limit="1.5GiB",
         without_limit=("deepspeed-lean",),
         rounds=2,
@@ -317,6 +320,7 @@ def specification(scenario: Scenario, name: str, folder: Path, options: argparse
         "num_micro_batches": scenario.num_micro_batches,
         "length": scenario.length,
         "max_norm": scenario.max_norm,
+        "learning_rate": scenario.learning_rate,
         "host_memory": options.host_memory or scenario.host_memory,
         "deepspeed_lean": name == "deepspeed-lean",
         "deepspeed_pipeline": options.deepspeed_pipeline,

@@ -22,7 +22,6 @@ from typing import Any
 import fuyou.bench
 
 VOCABULARY = 256
-LEARNING_RATE = 3e-4
 SHAPES = {"tiny": (64, 128, 2, 2), **fuyou.bench.SHAPES, "1.2B": (2048, 5632, 24, 16)}
 """Hidden and intermediate size, layers, heads; untied."""
 
@@ -106,6 +105,7 @@ class Contestant:
         self.device: str = spec["device"]
         self.folder = Path(spec["folder"])
         self.max_norm: float = spec["max_norm"]
+        self.learning_rate: float = spec["learning_rate"]
         self.num_rows: int = spec["num_rows"]
         self.num_micro_batches: int = spec["num_micro_batches"]
         self.model: Any = None
@@ -193,7 +193,7 @@ class Fuyou(Contestant):
             offload=fuyou.OffloadConfig(**offload),
             seed=0,
         )
-        self.optimizer = fuyou.AdamW(self.model, lr=LEARNING_RATE, weight_decay=0.0, max_grad_norm=self.max_norm)
+        self.optimizer = fuyou.AdamW(self.model, lr=self.learning_rate, weight_decay=0.0, max_grad_norm=self.max_norm)
         self.settings |= {"host_memory": self.spec["host_memory"], "durability": "step"}
 
     def step(self, batches: list[Any]) -> tuple[float, float]:
@@ -236,7 +236,7 @@ class InMemory(Contestant):
         for weight in self.weights:
             weight.grad_dtype = torch.float32  # summed in float32 over micro-batches
         self.masters = [weight.detach().float() for weight in self.weights]
-        self.optimizer = torch.optim.AdamW(self.masters, lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(self.masters, lr=self.learning_rate, weight_decay=0.0, fused=True)
         self.settings = {"gradient_checkpointing": self.checkpointing}
 
     def step(self, batches: list[Any]) -> tuple[float, float]:
@@ -329,7 +329,7 @@ class DeepSpeed(Contestant):
             "bf16": {"enabled": True},
             "optimizer": {
                 "type": "AdamW",
-                "params": {"lr": LEARNING_RATE, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0},
+                "params": {"lr": self.learning_rate, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0},
             },
             "zero_optimization": {
                 "stage": 3,
@@ -428,7 +428,7 @@ class Fsdp2(Contestant):
         for layer in self.model.model.layers:
             fully_shard(layer, **options)
         fully_shard(self.model, **options)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=self.learning_rate, weight_decay=0.0, fused=True)
         self.settings = {"gradient_checkpointing": False}
 
     def step(self, batches: list[Any]) -> tuple[float, float]:
@@ -483,7 +483,7 @@ class TorchAo(Contestant):
 
         self.model = self.load(torch.bfloat16).to(self.device)
         self.optimizer = CPUOffloadOptimizer(
-            self.model.parameters(), torch.optim.AdamW, lr=LEARNING_RATE, weight_decay=0.0, fused=True
+            self.model.parameters(), torch.optim.AdamW, lr=self.learning_rate, weight_decay=0.0, fused=True
         )
         self.settings = {"masters": "none: bfloat16 weights are updated"}
 
