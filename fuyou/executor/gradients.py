@@ -170,7 +170,7 @@ class GradientSums:
                 "owns it, which cannot be streamed"
             )
         is_first = name not in open_.gradient.arrived
-        if not is_first:
+        if not is_first or gradient.dtype != open_.flat.dtype:  # torch's `grad_dtype`
             open_.widen()
         total = open_.flat[slot.start : slot.stop].view(slot.shape)
         if is_first:

@@ -725,6 +725,18 @@ def test_one_micro_batch_in_bfloat16(
         device.check()
 
 
+def test_a_gradient_of_more_bits_than_its_parameter(make: Callable[..., Pair]) -> None:
+    """torch's `grad_dtype`: nothing of it is rounded, also where there is one micro-batch."""
+    pair = make(dtype="bfloat16")
+    for model in (pair.model, pair.plain):
+        parameter = model.get_parameter("model.layers.1.mlp.up_proj.weight")
+        parameter.grad_dtype = torch.float32
+        parameter.register_hook(lambda gradient: gradient.float() / 3)
+    batch = pair.batch(1)
+    assert pair.step(joined(batch)) == pair.reference.step(batch)
+    pair.assert_equal()
+
+
 @pytest.mark.parametrize("in_host", [True, False])
 @pytest.mark.parametrize("trainable", [None, ["model.layers.1"]])
 def test_weights_that_stay_on_the_device(
