@@ -481,20 +481,22 @@ class _StepBuilder:
         swapped = block.activation_bytes_per_token if block.activations in ("host", "ssd") else 0
         return self._tokens * (block.input_bytes_per_token + swapped)
 
-    def _spilled_bytes(self, block: BlockPlan) -> int:
-        """Schemes that update behind the backward pass write float32, whatever is in it."""
+    def _gradient_bytes(self, block: BlockPlan) -> int:
+        """Of a gradient that leaves the device, or is spilled: schemes that update behind the backward pass sum in float32."""
         return block.gradient_bytes if self._all_late else block.spilled_bytes(self._micro_batches)
 
     def _gradient(self, block: BlockPlan, weights: int) -> None:
         """The gradient leaves the device; an early update begins, or it waits for a late one."""
         gradient = self._computes[-1]
         if self._hardware.device != "cpu":
-            gradient = self._add("d2h", f"{block.name} gradient", self._link_seconds(block.gradient_bytes), (gradient,))
+            gradient = self._add(
+                "d2h", f"{block.name} gradient", self._link_seconds(self._gradient_bytes(block)), (gradient,)
+            )
         # Gradients are taken in one after the other, each until it is spilled.
         waits = [gradient] if self._last_spill is None else [gradient, self._last_spill]
         spilled = gradient
         if block.gradient == "spill":
-            seconds = self._spilled_bytes(block) / self._hardware.write_bytes_per_second
+            seconds = self._gradient_bytes(block) / self._hardware.write_bytes_per_second
             spilled = self._last_spill = self._add("ssd_write", f"{block.name} gradient", seconds, waits)
         if block.update_window == "backward":
             self._update(block, [weights, *waits])
@@ -510,7 +512,7 @@ class _StepBuilder:
         hardware = self._hardware
         read_bytes = 0 if block.states_in_host else block.state_bytes
         if block.gradient == "spill" and block.update_window == "forward":
-            read_bytes += self._spilled_bytes(block)
+            read_bytes += self._gradient_bytes(block)
         most = min(MOST_PIECES, max(2, MOST_PIECES_OF_STEP // len(self._blocks)))
         pieces = min(most, -(-block.num_parameters // RECORD_PARAMETERS))
         read_seconds = read_bytes / pieces / hardware.read_bytes_per_second

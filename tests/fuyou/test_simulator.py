@@ -168,6 +168,9 @@ def test_what_is_kept_in_memory_is_not_read() -> None:
     assert step.lane_seconds["ssd_read"] == 0
     assert step.lane_seconds["ssd_write"] == pytest.approx(12 * 100 * MEGA / 1e9, rel=0.01)
     assert step.lane_seconds["h2d"] == pytest.approx(2 * 20 * 10 * MEGA / 1e10, rel=0.01)
+    # What one micro-batch leaves in bfloat16, and what several leave in float32.
+    assert step.lane_seconds["d2h"] == pytest.approx(20 * 10 * MEGA / 1e10, rel=0.01)
+    step = simulate_step(kept, GPU, num_tokens=1000, num_micro_batches=2)
     assert step.lane_seconds["d2h"] == pytest.approx(40 * 10 * MEGA / 1e10, rel=0.01)
 
 
