@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ Waiting = Literal["host", "spill", "free"]
 began in the backward pass is through; it can then neither be clipped nor added to."""
 
 _PIECE_ELEMENTS = 32 * TILE_ELEMENTS
-"""Elements that one worker measures at a time: 8 MiB, so that workers share a large parameter evenly."""
+"""Elements that one worker measures at a time, 8 MiB of float32, so that workers share a large parameter evenly."""
 
 _PATIENCE_SECONDS = 0.5
 """How long to wait for a buffer before looking whether one can come at all."""
@@ -132,8 +132,7 @@ def _nothing() -> None:
 class GradientIntake:
     """Takes whole gradients in, in order, on a thread of its own.
 
-    `held` maps shards to what the backward passes since the last `take_all` left; read it after `finish`. `resident` are the
-    shards whose states stay in host memory.
+    `held` maps shards to what the backward passes since the last `take_all` left; read it after `finish`.
     After a failure nothing more is taken in, and `finish` raises it: a gradient is missing then.
     """
 
@@ -146,12 +145,11 @@ class GradientIntake:
         records: BufferPool,
         updater: ShardUpdater,
         waiting: Mapping[str, Waiting],
-        resident: Collection[str],
         record: Recorder,
     ) -> None:
         self._engine, self._store = engine, store
         self._gradients, self._records, self._updater = gradients, records, updater
-        self._waiting, self._resident = waiting, resident
+        self._waiting = waiting
         self._record = record
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fuyou-gradient")
         self._closed = False

@@ -172,7 +172,6 @@ class OffloadedAdamW(torch.optim.Optimizer):
             records=records,
             updater=self._updater,
             waiting=self._waiting,
-            resident=self._resident.keys(),
             record=self._record,
         )
 
