@@ -16,10 +16,11 @@ from io_engine.queued_engine import QueuedEngine
 class PosixEngine(QueuedEngine):
     """`Engine` over ordinary files; see `io_engine.engine` for what it promises.
 
-    A transfer is split into requests of `request_bytes`. Each directory has a queue of its own, with `num_threads`
-    threads that begin with its first transfer. `direct`: True insists on O_DIRECT, False never uses it, "auto" uses
-    it unless the file system refuses; `reason` says what happened. Unless `direct=False`, arrays must be aligned to
-    4096 bytes. Not usable in a forked child, where the threads do not exist.
+    Each directory has a queue of its own, with `num_threads` threads that begin with its first transfer, and a
+    transfer is cut into a request for each of them, of 4 MiB at least and of `request_bytes` at most. `direct`:
+    True insists on O_DIRECT, False never uses it, "auto" uses it unless the file system refuses; `reason` says what
+    happened. Unless `direct=False`, arrays must be aligned to 4096 bytes. Not usable in a forked child, where the
+    threads do not exist.
     """
 
     def __init__(self, num_threads: int = 4, request_bytes: int = 32 << 20, direct: Direct = "auto") -> None:

@@ -16,6 +16,7 @@ from io_engine.files import Files, preallocate
 from io_engine.request_queue import Job, Request, RequestQueue
 
 _LARGEST_REQUEST_BYTES = 1 << 30  # preadv moves at most 2^31 - 4096 bytes
+_LEAST_REQUEST_BYTES = 4 << 20  # less costs the interpreter more than the drive gains
 
 QueuedEngineType = TypeVar("QueuedEngineType", bound="QueuedEngine")
 
@@ -28,7 +29,7 @@ class _Lane(NamedTuple):
 
 
 class QueuedEngine(ABC):
-    """An `Engine` whose transfers are split into requests of `request_bytes`, each done by a thread of its directory's
+    """An `Engine` whose transfers are split into requests of `request_bytes` at most, each done by a thread of its directory's
     queue through that directory's `Files`. Not usable in a forked child, where the threads do not exist.
     """
 
@@ -112,8 +113,9 @@ class QueuedEngine(ABC):
         transfer.unfinished = []
         begin_bytes = 0
         for segment in extent.segments:
-            for offset_bytes in range(0, segment.num_bytes, self.request_bytes):
-                part = segment.sub(offset_bytes, min(self.request_bytes, segment.num_bytes - offset_bytes))
+            most_bytes = self._request_bytes_of(segment.num_bytes)
+            for offset_bytes in range(0, segment.num_bytes, most_bytes):
+                part = segment.sub(offset_bytes, min(most_bytes, segment.num_bytes - offset_bytes))
                 requests.setdefault(os.path.dirname(segment.path), []).append(Request(job, part, begin_bytes))
                 transfer.unfinished.append(part)
                 begin_bytes += part.num_bytes
@@ -126,6 +128,11 @@ class QueuedEngine(ABC):
             for folder, lane in lanes.items():
                 lane.queue.put(requests[folder])
         return transfer
+
+    def _request_bytes_of(self, num_bytes: int) -> int:
+        """All threads work on a transfer, so that of several the first asked for is the first to end, not all of them late."""
+        share = -(-num_bytes // self._num_threads // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        return min(self.request_bytes, max(_LEAST_REQUEST_BYTES, share))
 
     def _lane(self, folder: str) -> _Lane:
         lane = self._lanes.get(folder)

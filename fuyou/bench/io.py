@@ -51,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "directories", nargs="+", metavar="DIR", help="directory on the drive; several are one stripe set"
     )
     parser.add_argument("--size", default="768MiB", help="bytes of a pass, on all drives together (default: 768MiB)")
-    parser.add_argument("--request", default="32MiB", help="bytes of a request (default: 32MiB, as the engine's)")
+    parser.add_argument(
+        "--request",
+        default="32MiB",
+        help="bytes of a transfer, of which the engine makes a request for each of its threads (default: 32MiB)",
+    )
     parser.add_argument("--rounds", type=int, default=MIN_REPEATS, help=f"passes of each (default: {MIN_REPEATS})")
     parser.add_argument(
         "--seconds",

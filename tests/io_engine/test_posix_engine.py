@@ -16,7 +16,11 @@ import numpy as np
 import pytest
 
 from io_engine import Extent, PosixEngine, Transfer
+from io_engine.engine import Kind
+from io_engine.files import Files
 from tests.io_engine.helpers import PAGE, aligned, pattern
+
+MIB = 2**20
 
 needs_direct = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this platform has no O_DIRECT")
 
@@ -68,6 +72,35 @@ def test_a_file_system_that_refuses_the_first_direct_request(tmp_path: Path, mon
     with PosixEngine(3, request_bytes=PAGE) as engine:
         _round_trip(engine, str(tmp_path / "data.bin"))
         assert "refused the first O_DIRECT request" in engine.reason
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "most_bytes", "expected"),
+    [
+        (24 * MIB, 32 * MIB, [6 * MIB] * 4),
+        (16 * MIB + 4 * PAGE, 32 * MIB, [4 * MIB + PAGE] * 4),
+        (16 * MIB + PAGE, 32 * MIB, [4 * MIB + PAGE] * 3 + [4 * MIB - 2 * PAGE]),
+        (5 * MIB, 32 * MIB, [4 * MIB, MIB]),
+        (24 * MIB, MIB, [MIB] * 24),
+        (24 * MIB, 5 * MIB, [5 * MIB] * 4 + [4 * MIB]),
+    ],
+)
+def test_every_thread_has_its_part_of_a_transfer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_bytes: int, most_bytes: int, expected: list[int]
+) -> None:
+    moved: list[tuple[int, int]] = []
+    move = Files.move
+
+    def watched(self: Files, kind: Kind, path: str, offset_bytes: int, view: Any) -> None:
+        moved.append((offset_bytes, len(view)))
+        move(self, kind, path, offset_bytes, view)
+
+    monkeypatch.setattr(Files, "move", watched)
+    data = pattern(num_bytes, 54)
+    with PosixEngine(4, request_bytes=most_bytes) as engine:
+        engine.write(Extent(str(tmp_path / "data.bin"), PAGE, num_bytes), aligned(num_bytes, data)).wait()
+    assert [size for _, size in sorted(moved)] == expected
+    assert np.array_equal(np.fromfile(tmp_path / "data.bin", np.uint8)[PAGE:], data)
 
 
 @needs_direct
