@@ -46,6 +46,8 @@ def on_a_terminal(program: str) -> tuple[int, str]:
     """Runs Python code whose stdout and stderr are a terminal; its exit code and what the terminal got."""
     ours, theirs = pty.openpty()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm"}
+    # Tests that a shell began in the background ignore Ctrl-C, and hand that down.
+    program = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{program}"
     process = subprocess.Popen([sys.executable, "-c", program], stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     seen = b""
