@@ -138,12 +138,32 @@ class Search:
         return self._polished(found, self.time(chosen))
 
     def _polished(self, found: Found, seconds: float) -> Found:
-        """Block by block the best choice for it beside those of the others, until none is better.
+        """Block by block the best choice for it; where trials are left over, also from nothing chosen, which may end elsewhere.
 
         Where blocks are few, each is a large part of the step, and rules for all of them alike miss much.
         """
         assert self._seconds is not None
-        blocks, left, is_better = found.blocks, MOST_TRIALS, True
+        blocks, seconds, left = self._descended(found.blocks, seconds, MOST_TRIALS)
+        if left > 0:
+            others, needed, _ = self._descended(self._blocks, self._seconds(self._blocks), left)
+            if needed < seconds * (1 - LEAST_GAIN / 4):
+                blocks = others
+        weights, gradients, records, activations = self._taken(blocks)
+        free = self._free_beside(blocks)
+        return dataclasses.replace(
+            found,
+            blocks=blocks,
+            weight_bytes=weights,
+            gradient_bytes=gradients,
+            record_bytes=records,
+            activation_bytes=activations,
+            free_bytes=free,
+        )
+
+    def _descended(self, blocks: list[BlockPlan], seconds: float, left: int) -> tuple[list[BlockPlan], float, int]:
+        """Each block changed beside those of the others until no change is better or no trial left; the three as they are then."""
+        assert self._seconds is not None
+        is_better = True
         while is_better and left > 0:
             is_better = False
             for number, planned in enumerate(self._blocks):
@@ -158,17 +178,7 @@ class Search:
                         if needed < seconds * (1 - LEAST_GAIN / 4):
                             blocks, seconds, is_better = changed, needed, True
                             break
-        weights, gradients, records, activations = self._taken(blocks)
-        free = self._free_beside(blocks)
-        return dataclasses.replace(
-            found,
-            blocks=blocks,
-            weight_bytes=weights,
-            gradient_bytes=gradients,
-            record_bytes=records,
-            activation_bytes=activations,
-            free_bytes=free,
-        )
+        return blocks, seconds, left
 
     def _with_room(self, blocks: list[BlockPlan], number: int) -> Iterator[list[BlockPlan]]:
         """These blocks, if memory does; else with one thing given up of another block than this one."""
