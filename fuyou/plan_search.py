@@ -144,7 +144,7 @@ class Search:
         """
         assert self._seconds is not None
         blocks, seconds, left = self._descended(found.blocks, seconds, MOST_TRIALS)
-        if left > 0:
+        if left > 0 and found.blocks != self._blocks:
             others, needed, _ = self._descended(self._blocks, self._seconds(self._blocks), left)
             if needed < seconds * (1 - LEAST_GAIN / 4):
                 blocks = others

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from io_engine.buffers import ByteArray
 from io_engine.engine import Kind, Transfer, TransferCounters
-from io_engine.extents import ALIGNMENT_BYTES, Extent
+from io_engine.extents import ALIGNMENT_BYTES, Extent, round_up
 from io_engine.files import Files, preallocate
 from io_engine.request_queue import Job, Request, RequestQueue
 
@@ -131,7 +131,7 @@ class QueuedEngine(ABC):
 
     def _request_bytes_of(self, num_bytes: int) -> int:
         """All threads work on a transfer, so that of several the first asked for is the first to end, not all of them late."""
-        share = -(-num_bytes // self._num_threads // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        share = round_up(-(-num_bytes // self._num_threads), ALIGNMENT_BYTES)
         return min(self.request_bytes, max(_LEAST_REQUEST_BYTES, share))
 
     def _lane(self, folder: str) -> _Lane:

@@ -307,7 +307,7 @@ def compare_plans(setting: Setting, folder: Path, hardware: Any) -> dict[str, An
             try:
                 steps = steps_of(setting, offload, plans[name], most_seconds=SECONDS / 8)
             except fuyou.PlanError:
-                if name == "chosen":
+                if plans[name] is chosen:
                     raise
                 del plans[name]  # made by hand, for pools that are too small for it
             else:
