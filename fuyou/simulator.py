@@ -67,10 +67,11 @@ class SimulatedStep:
     """A steady step: from the end of one step's backward pass to the end of the next one's."""
 
     seconds: float
+    """The mean of two: in some plans a longer step and a shorter one take turns, since each begins as the other has ended."""
     lane_seconds: dict[str, float]
-    """Per lane, the seconds in which it was busy."""
+    """Per lane, the seconds in which it was busy, of the same two."""
     spans: tuple[SimulatedSpan, ...]
-    """Of the step, in seconds from its beginning."""
+    """Of the shorter of the two, in seconds from its beginning."""
 
     @property
     def limiting_lane(self) -> str:
@@ -185,18 +186,22 @@ def simulate_step(
         updates_after_backward=updates_after_backward,
         buffers=buffers,
     )
-    ends = [builder.add_step() for _ in range(3)]
+    ends = [builder.add_step() for _ in range(4)]
     started, ended = _play(builder.tasks, lane_speeds(hardware, builder.layer_size))
-    begin, end = ended[ends[1]], ended[ends[2]]
-    inside = [
-        SimulatedSpan(task.lane, task.name, max(started[n], begin) - begin, min(ended[n], end) - begin)
-        for n, task in enumerate(builder.tasks)
-        if ended[n] > begin and started[n] < end and ended[n] > started[n]
-    ]
+
+    def inside(begin: float, end: float) -> list[SimulatedSpan]:
+        return [
+            SimulatedSpan(task.lane, task.name, max(started[n], begin) - begin, min(ended[n], end) - begin)
+            for n, task in enumerate(builder.tasks)
+            if ended[n] > begin and started[n] < end and ended[n] > started[n]
+        ]
+
+    begin, middle, end = (ended[number] for number in ends[1:])
     lanes = dict.fromkeys(("gpu", "h2d", "d2h", "ssd_read", "ssd_write", "cpu"), 0.0)
-    for span in inside:
-        lanes[span.lane] += span.ended_seconds - span.started_seconds
-    return SimulatedStep(end - begin, lanes, tuple(inside))
+    for span in inside(begin, end):
+        lanes[span.lane] += (span.ended_seconds - span.started_seconds) / 2
+    shorter = inside(begin, middle) if middle - begin < end - middle else inside(middle, end)
+    return SimulatedStep((end - begin) / 2, lanes, tuple(shorter))
 
 
 def lane_speeds(hardware: HardwareProfile, layer_size: int = 0) -> Speeds:
