@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from fuyou.plan import BlockPlan
 from io_engine.buffers import size_class_bytes
@@ -21,7 +21,7 @@ NUM_ROUNDS = 2
 
 NUMS_FIRST = (1, 2, 4)
 MOST_POLISHED, MOST_TRIALS = 12, 400
-"""Blocks up to which each is tried by itself, and how often at most: a second or less."""
+"""Blocks up to which each is tried by itself, and how many plans at most: a second or less."""
 
 
 def pooled_bytes(num_bytes: int) -> int:
@@ -118,6 +118,7 @@ class Search:
         self._trainable = [n for n, b in enumerate(blocks) if b.trainable and b.in_backward] if may_be_late else []
         self._layers = [n for n, b in enumerate(blocks) if b.activation_bytes_per_token and b.in_backward]
         self._known: dict[Candidate, float] = {}
+        self._tried: dict[tuple[BlockPlan, ...], float] = {}
 
     def best(self) -> Found:
         """What to keep and when to update, in the shortest time found; the simplest unless more is worth it."""
@@ -138,16 +139,14 @@ class Search:
         return self._polished(found, self.time(chosen))
 
     def _polished(self, found: Found, seconds: float) -> Found:
-        """Block by block the best choice for it; where trials are left over, also from nothing chosen, which may end elsewhere.
+        """Block by block the best choice for it; also from nothing chosen and the other way round, which may end elsewhere.
 
         Where blocks are few, each is a large part of the step, and rules for all of them alike miss much.
         """
-        assert self._seconds is not None
-        blocks, seconds, left = self._descended(found.blocks, seconds, MOST_TRIALS)
-        if left > 0 and found.blocks != self._blocks:
-            others, needed, _ = self._descended(self._blocks, self._seconds(self._blocks), left)
-            if needed < seconds * (1 - LEAST_GAIN / 4):
-                blocks = others
+        blocks, seconds = self._descended(found.blocks, seconds)
+        others, needed = self._descended(self._blocks, self._trial(self._blocks), direction=-1)
+        if self._is_better(needed, seconds):
+            blocks = others
         weights, gradients, records, activations = self._taken(blocks)
         free = self._free_beside(blocks)
         return dataclasses.replace(
@@ -160,25 +159,36 @@ class Search:
             free_bytes=free,
         )
 
-    def _descended(self, blocks: list[BlockPlan], seconds: float, left: int) -> tuple[list[BlockPlan], float, int]:
-        """Each block changed beside those of the others until no change is better or no trial left; the three as they are then."""
+    def _trial(self, blocks: Sequence[BlockPlan]) -> float:
+        """Seconds of a step; infinity for a plan not tried before once there were enough."""
         assert self._seconds is not None
+        key = tuple(blocks)
+        if key not in self._tried:
+            if len(self._tried) >= MOST_TRIALS:
+                return math.inf
+            self._tried[key] = self._seconds(blocks)
+        return self._tried[key]
+
+    def _is_better(self, needed: float, seconds: float) -> bool:
+        return needed < seconds * (1 - LEAST_GAIN / 4)
+
+    def _descended(
+        self, blocks: list[BlockPlan], seconds: float, direction: Literal[1, -1] = 1
+    ) -> tuple[list[BlockPlan], float]:
+        """Each block changed beside those of the others until no change is better; and the seconds of a step then."""
         is_better = True
-        while is_better and left > 0:
+        while is_better:
             is_better = False
-            for number, planned in enumerate(self._blocks):
-                for tried in self._alternatives(planned):
+            for number in range(len(blocks))[::direction]:
+                for tried in list(self._alternatives(self._blocks[number]))[::direction]:
                     if tried == blocks[number]:
                         continue
                     for changed in self._with_room([*blocks[:number], tried, *blocks[number + 1 :]], number):
-                        if left <= 0:
-                            break
-                        left -= 1
-                        needed = self._seconds(changed)
-                        if needed < seconds * (1 - LEAST_GAIN / 4):
+                        needed = self._trial(changed)
+                        if self._is_better(needed, seconds):
                             blocks, seconds, is_better = changed, needed, True
                             break
-        return blocks, seconds, left
+        return blocks, seconds
 
     def _with_room(self, blocks: list[BlockPlan], number: int) -> Iterator[list[BlockPlan]]:
         """These blocks, if memory does; else with one thing given up of another block than this one."""
