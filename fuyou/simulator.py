@@ -338,6 +338,8 @@ class _StepBuilder:
         self._commit_every_steps = commit_every_steps
         self._all_late = updates_after_backward
         self._computes: list[int] = []
+        self._before_backward: list[int | None] = []
+        """What the newest backward computation waits for beside its activations."""
         self._computed_reads: list[int] = []
         """Of these, the ones with weights that had been read."""
         self._last_read: int | None = None
@@ -451,11 +453,13 @@ class _StepBuilder:
         if block.kind == "prologue" and block.trainable and what == "backward" and tokens:
             rate = self._hardware.gradient_parameters_per_second
             seconds += self._micro_batches * block.num_parameters / rate if rate else 0.0
-        waits = [self._computes[-1] if self._computes else None, weights, saved]
+        waits = [self._computes[-1] if self._computes else None, weights]
         count = self._buffers.gradients
-        if what == "backward" and block.trainable and count and len(self._gradient_ends) >= count:
-            waits += self._gradient_ends[-count]
-        self._computes.append(self._add("gpu", f"{block.name} {what}", seconds, waits))
+        if what == "backward":
+            if block.trainable and count and len(self._gradient_ends) >= count:
+                waits += self._gradient_ends[-count]
+            self._before_backward = waits
+        self._computes.append(self._add("gpu", f"{block.name} {what}", seconds, [*waits, saved]))
         if block.num_weight_reads():
             self._computed_reads.append(self._computes[-1])
 
@@ -504,7 +508,7 @@ class _StepBuilder:
             seconds = self._gradient_bytes(block) / self._hardware.write_bytes_per_second
             spilled = self._last_spill = self._add("ssd_write", f"{block.name} gradient", seconds, waits)
         if block.update_window == "backward":
-            self._update(block, [weights, *waits])
+            self._update(block, [weights, *waits], ahead=self._before_backward)
             if block.gradient != "host":
                 self._gradient_ends.append((spilled, self._updated[block.name]))
         else:
@@ -512,22 +516,28 @@ class _StepBuilder:
             if block.gradient == "spill":
                 self._gradient_ends.append((spilled,))
 
-    def _update(self, block: BlockPlan, after: Sequence[int]) -> int:
-        """States in, Adam, states and weights out, record by record; returns what makes the weights new."""
+    def _update(self, block: BlockPlan, after: Sequence[int], ahead: Sequence[int | None] | None = None) -> int:
+        """States in, Adam, states and weights out, record by record; returns what makes the weights new.
+
+        With `ahead` the first records are read behind that.
+        """
         hardware = self._hardware
         read_bytes = 0 if block.states_in_host else block.state_bytes
         if block.gradient == "spill" and block.update_window == "forward":
             read_bytes += self._gradient_bytes(block)
         most = min(MOST_PIECES, max(2, MOST_PIECES_OF_STEP // len(self._blocks)))
-        pieces = min(most, -(-block.num_parameters // RECORD_PARAMETERS))
+        num_records = -(-block.num_parameters // RECORD_PARAMETERS)
+        pieces = min(most, num_records)
+        pieces_ahead = 0 if ahead is None else RECORDS_AHEAD * pieces // num_records
         read_seconds = read_bytes / pieces / hardware.read_bytes_per_second
         adam_seconds = block.num_parameters / pieces / self._updates_per_second
         written_bytes = (block.weight_bytes + block.state_bytes) / self._commit_every_steps
         write_seconds = written_bytes / pieces / hardware.write_bytes_per_second
         adam = written = 0
-        for _ in range(pieces):
+        for piece in range(pieces):
             # Records are read in their order and when it is the block's turn, a few ahead of the arithmetic.
-            waits = (self._last_read, self._written_before(), self._updated_before(), self._commit, *after)
+            begin = ahead if ahead is not None and piece < pieces_ahead else after
+            waits = (self._last_read, self._written_before(), self._updated_before(), self._commit, *begin)
             read = self._add("ssd_read", f"{block.name} states", read_seconds, waits)
             self._last_read = read
             adam = self._add("cpu", f"{block.name} update", adam_seconds, (read, *after))

@@ -527,6 +527,14 @@ class OffloadedAdamW(torch.optim.Optimizer):
             self._shards[shard], dtype, lambda: all(job.done.is_set() for job in list(self._jobs.values()))
         )
 
+    def expect_gradient(self, shard: str) -> None:
+        """The next gradient that is complete may be this shard's: its first states are read meanwhile, if it `updates_early`."""
+        # A shard whose update has not begun keeps the last step's commit out of the queue, and states may still be on their way.
+        if shard in self._shards and self.updates_early(shard) and shard not in self._resident and not self._pending:
+            layout, slot = self._shards[shard], self._slots[shard]
+            # The store answers between commits, for which the caller need not wait.
+            self._updater.expect(layout, lambda: self._store.extent(layout.state_name, slot))
+
     def begin_backward(self) -> None:
         """Before a backward pass, with no block in memory: blocks until updates of shards that forward skipped have begun.
 
@@ -601,6 +609,7 @@ class OffloadedAdamW(torch.optim.Optimizer):
 
     def _finish_arrivals(self) -> None:
         self._intake.finish()
+        self._updater.expect_nothing()
 
     def _guess(self, held: HeldGradient, weights: npt.NDArray[np.uint8], on_done: Callable[[], None]) -> None:
         """Begin an update that `step()` may accept; on the intake's thread."""

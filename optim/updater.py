@@ -5,18 +5,19 @@ updated in place, and written to the other slot; the weights are updated in plac
 written from there. On the drive nothing is ever written over the data it was computed from, so that a job can
 be given up at any moment; what stays in host memory alone (write-back) cannot. Calls submitted between jobs
 (commits) are barriers: they run when every job before them has ended, writes included, and nothing behind them
-begins before they return.
+begins before they return. With nothing left to do, the first records of a job that is yet to come are read.
 """
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -212,6 +213,20 @@ class _Chunk:
     transfers: list[Transfer]
 
 
+class _Ahead(NamedTuple):
+    """A record that is read before its job is there."""
+
+    extent: Extent
+    buffer: Buffer
+    transfer: Transfer
+
+    def give_up(self) -> None:
+        """Blocks until nothing is being read into the buffer any more; whatever went wrong will go wrong for the job, too."""
+        with contextlib.suppress(Exception):
+            self.transfer.wait()
+        self.buffer.release()
+
+
 class _SharedBuffer:
     """Releases a buffer when the last of those who use it has ended; made with one user."""
 
@@ -249,6 +264,7 @@ class ShardUpdater:
         self._workers = concurrent.futures.ThreadPoolExecutor(self._num_workers, "fuyou-adam")
         self._record = record or (lambda *_: None)
         self._queue: collections.deque[UpdateJob | Barrier] = collections.deque()
+        self._expected: dict[str, tuple[ShardLayout, Callable[[], Extent]]] = {}
         self._wake = threading.Condition()
         self._closing = False
         self._error: BaseException | None = None
@@ -256,6 +272,8 @@ class ShardUpdater:
         self._unfinished: list[UpdateJob] = []
         self._chunks: Iterator[tuple[UpdateJob, int]] = iter(())
         self._next: tuple[UpdateJob, int] | None = None
+        self._ahead: dict[tuple[str, int], _Ahead] = {}
+        """By shard and record: at most READ_AHEAD together with those of jobs that are being read."""
         # A daemon: a program that forgot close() must still end; what it loses was never committed.
         self._thread = threading.Thread(target=self._run, name="fuyou-optimizer", daemon=True)
         self._thread.start()
@@ -265,6 +283,25 @@ class ShardUpdater:
     def submit(self, job: UpdateJob) -> None:
         """Queue a job; returns at once. RuntimeError after close: the job's `on_done` is then not called."""
         self._put(job)
+
+    def expect(self, layout: ShardLayout, state_from: Callable[[], Extent]) -> None:
+        """The shard's states will be updated next, from there: read the first when all that is queued has begun. Returns at once.
+
+        `state_from` is called on the pipeline's thread. Its extent must stay as it is until the shard's job, or
+        `expect_nothing`, has been submitted.
+        """
+        with self._wake:
+            self._expected[layout.name] = (layout, state_from)
+            self._wake.notify_all()
+
+    def expect_nothing(self) -> None:
+        """What was expected and has not been submitted will not come; returns at once."""
+        with self._wake:
+            if not self._expected:
+                return
+            self._expected.clear()
+        # Records of jobs that did come are taken up before it runs.
+        self.submit_barrier(self._give_up_ahead)
 
     def submit_barrier(self, call: Callable[[], None]) -> Barrier:
         """Queue `call` behind everything submitted so far; returns at once. RuntimeError after close."""
@@ -308,6 +345,8 @@ class ShardUpdater:
             if self._closing:
                 raise RuntimeError("the optimizer is closed: open the model again to go on training")
             self._queue.append(item)
+            if isinstance(item, UpdateJob):
+                self._expected.pop(item.layout.name, None)
             self._wake.notify_all()
 
     # --- the pipeline's side -------------------------------------------------------------------------------
@@ -320,13 +359,16 @@ class ShardUpdater:
                 self._update(reading.popleft())
                 continue
             with self._wake:
-                while not self._queue and not self._closing:
+                while not (self._queue or self._closing or (self._expected and not self._ahead)):
                     self._wake.wait()
                 if not self._queue:
-                    break
+                    if self._closing:
+                        break
+                    continue
                 barrier = self._queue.popleft() if isinstance(self._queue[0], Barrier) else None
             if isinstance(barrier, Barrier):
                 self._run_barrier(barrier)
+        self._give_up_ahead()
         # Buffers that are still being written come back before `close` returns.
         for job in self._unfinished:
             job.done.wait()
@@ -352,6 +394,7 @@ class ShardUpdater:
         while len(reading) < self.READ_AHEAD:
             self._next = self._next or self._next_chunk()
             if self._next is None:
+                self._read_expected(reading)
                 return
             # Only with nothing in `reading` does it wait for a buffer: the others are then being written and
             # come back by themselves, so that it cannot lock up however small the pool is.
@@ -360,6 +403,38 @@ class ShardUpdater:
                 return
             self._next = None
             reading.append(chunk)
+
+    def _read_expected(self, reading: Sequence[_Chunk]) -> None:
+        """Start to read the first records of what is expected, if nothing is queued: behind a barrier nothing may be read."""
+        with self._wake:
+            if self._error is not None:
+                self._expected.clear()
+            expected = [] if self._queue or self._closing else list(self._expected.values())
+        for layout, state_from in expected:
+            for index in range(min(layout.num_chunks, self.READ_AHEAD)):
+                if (layout.name, index) in self._ahead:
+                    continue
+                if len(reading) + len(self._ahead) >= self.READ_AHEAD:
+                    return
+                # As for a job's: with none in memory the buffers of others are being written, and come back.
+                block = not reading and not self._ahead
+                try:
+                    extent = state_from().sub(*layout.state_range(index))
+                    buffer = self._records.acquire(extent.num_bytes, block=block)
+                    try:
+                        transfer = self._engine.read(extent, buffer.array[: extent.num_bytes])
+                    except BaseException:
+                        buffer.release()
+                        raise
+                except BaseException as error:
+                    if block or not isinstance(error, BudgetError):
+                        self.fail(error)
+                    return
+                self._ahead[layout.name, index] = _Ahead(extent, buffer, transfer)
+
+    def _give_up_ahead(self) -> None:
+        while self._ahead:
+            self._ahead.popitem()[1].give_up()
 
     def _next_chunk(self) -> tuple[UpdateJob, int] | None:
         """The next record of the jobs at the head of the queue; None at a barrier or when there is none."""
@@ -396,15 +471,21 @@ class ShardUpdater:
         chunk = _Chunk(job, index, nothing, None, nothing.view(np.float32), [])
         if index == 0:
             chunk.transfers += inputs.wait_before
+        ahead = self._ahead.pop((layout.name, index), None)
         try:
-            if staged_bytes:
-                chunk.buffer = self._records.acquire(staged_bytes, block=block)
+            if ahead is not None:
+                chunk.buffer = ahead.buffer
+                chunk.transfers.append(ahead.transfer)
+                assert staged_bytes == num_bytes
+                assert ahead.extent == inputs.state_from.sub(offset, num_bytes)
+            elif staged_bytes:
+                chunk.buffer = self._acquire(staged_bytes, block=block)
             if resident is not None:
                 chunk.record = resident.buffer.array[offset : offset + num_bytes]
             else:
                 assert chunk.buffer is not None
                 chunk.record = chunk.buffer.array[:num_bytes]
-            if resident is None or not resident.filled:
+            if ahead is None and (resident is None or not resident.filled):
                 chunk.transfers.append(self._engine.read(inputs.state_from.sub(offset, num_bytes), chunk.record))
             if inputs.gradient is not None:
                 chunk.gradient = inputs.gradient[start:stop]
@@ -420,6 +501,15 @@ class ShardUpdater:
                 return None
             job.fail(error)
         return chunk
+
+    def _acquire(self, num_bytes: int, *, block: bool) -> Buffer:
+        """A buffer of the records' pool; before it is waited for, what was read ahead of other jobs is given up."""
+        if block and self._ahead:
+            try:
+                return self._records.acquire(num_bytes, block=False)
+            except BudgetError:
+                self._give_up_ahead()
+        return self._records.acquire(num_bytes, block=block)
 
     def _update(self, chunk: _Chunk) -> None:
         job = chunk.job

@@ -115,6 +115,7 @@ class GradientSums:
             self._open[shard] = _OpenGradient(gradient, self._device)
             # Behind it: Ctrl-C may come here, and what is open is given back then.
             self._bound.stream.read_ahead()
+        self.optimizer.expect_gradient(block_name)
 
     def complete(self, name: str) -> None:
         """All micro-batches are through: the shard's gradient and its weights go to the optimizer."""
