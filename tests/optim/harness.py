@@ -316,6 +316,7 @@ class Trainer:
     def complete(self, shard: str, gradients: Gradients) -> None:
         """The shard's backward pass: its gradient arrives when it is waited for."""
         gradient = self.optimizer.acquire_gradient(shard, np.uint16 if shard in self.narrow else np.float32)
+        self.optimizer.expect_gradient(shard)
         gradient.array.view(np.uint16).fill(0x7FFF)  # NaN
         gradient.arrived |= gradients.keys() & SHAPES[shard].keys()
 

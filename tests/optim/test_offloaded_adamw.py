@@ -389,6 +389,171 @@ def test_spilled_gradient_is_read_before_the_next_is_spilled(lazy: LazyDrive, tm
     trainer.close()
 
 
+# --- states that are read before their gradient is there -----------------------------------------------------
+
+
+def log_of_state_reads(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by "shard/record" with every read of states."""
+    log: list[str] = []
+    read = trainer.engine.read
+    places = {
+        (extent.path, extent.offset_bytes): f"{name}/{index}"
+        for name, layout in trainer.layouts.items()
+        for slot in (0, 1)
+        for index in range(layout.num_chunks)
+        for extent in [trainer.store.extent(layout.state_name, slot).sub(*layout.state_range(index))]
+    }
+
+    def logged_read(extent: Extent, array: ByteArray) -> Transfer:
+        log.extend(filter(None, [places.get((extent.path, extent.offset_bytes))]))
+        return read(extent, array)
+
+    monkeypatch.setattr(trainer.engine, "read", logged_read)
+    return log
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline_seconds = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline_seconds
+        time.sleep(0.001)
+
+
+def test_expected_states_are_read_once_and_before_the_gradient(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tmp_path / "s", engine, window="backward")
+    plain = PlainAdamW(initial_masters())
+    trainer.train(random_gradients(0))
+    plain.step(random_gradients(0))
+    trainer.optimizer.flush()
+    log = log_of_state_reads(trainer, monkeypatch)
+    trainer.forward()
+    trainer.optimizer.begin_backward()
+    for shard in reversed(SHAPES):
+        trainer.optimizer.expect_gradient(shard)
+        first = [f"{shard}/{index}" for index in range(min(2, trainer.layouts[shard].num_chunks))]
+        until(lambda first=first: set(first) <= set(log))  # type: ignore[misc]
+        assert log[-len(first) :] == first
+        trainer.complete(shard, random_gradients(1))
+        trainer.optimizer.wait_written(shard)
+    trainer.optimizer.step()
+    plain.step(random_gradients(1))
+    trainer.optimizer.flush()
+    assert len(log) == len(set(log)) == sum(layout.num_chunks for layout in trainer.layouts.values())
+    trainer.check(plain)
+    trainer.close()
+
+
+def test_nothing_expected_is_read_before_the_last_commit(
+    lazy: LazyDrive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then the states of the last step may be on their way to the drive."""
+    trainer = Trainer(tmp_path / "s", lazy, window="backward")
+    log = log_of_state_reads(trainer, monkeypatch)
+    gate, reached = threading.Event(), threading.Event()
+    commit = trainer.store.commit
+
+    def late_commit(**arguments: Any) -> None:
+        reached.set()
+        assert gate.wait(20)
+        log.append("commit")
+        commit(**arguments)
+
+    monkeypatch.setattr(trainer.store, "commit", late_commit)
+    trainer.backward(random_gradients(0), ["epilogue"])
+    trainer.optimizer.step()
+    assert reached.wait(20)
+    log.clear()
+    trainer.optimizer.expect_gradient("layers.1")
+    time.sleep(0.05)
+    gate.set()
+    until(lambda: len(log) == 3)
+    assert log == ["commit", "layers.1/0", "layers.1/1"]
+    trainer.optimizer.zero_grad()
+    trainer.close()
+
+
+def test_nothing_is_expected_while_updates_have_not_begun(
+    lazy: LazyDrive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The forward pass of the last block opens its gradient; what that pass has skipped keeps the commit out of the queue."""
+    trainer = Trainer(tmp_path / "s", lazy, window="mixed")
+    trainer.train(random_gradients(0))
+    for shard in ("prologue", "layers.1"):
+        trainer.optimizer.wait_written(shard)
+    log = log_of_state_reads(trainer, monkeypatch)
+    trainer.optimizer.expect_gradient("layers.1")
+    trainer.load("layers.0")
+    trainer.optimizer.expect_gradient("layers.1")
+    time.sleep(0.05)
+    assert log == ["layers.0/0", "layers.0/1", "layers.0/2"]
+    trainer.close()
+
+
+@pytest.mark.parametrize("num_records", [1, 3])
+def test_a_gradient_that_is_expected_and_never_comes(num_records: int, engine: Engine, tmp_path: Path) -> None:
+    """Others' updates get its buffers when there are no more, and whoever reads states, too."""
+    trainer = Trainer(tmp_path / "s", engine, window="backward", num_records=num_records, num_workers=1)
+    plain = PlainAdamW(initial_masters())
+    for step in range(3):
+        trainer.forward()
+        trainer.optimizer.expect_gradient("prologue")
+        until(lambda: trainer.records.used_bytes > 0)
+        gradients = without(random_gradients(step), *SHAPES["prologue"])
+        trainer.backward(gradients, [name for name in SHAPES if name != "prologue"])
+        trainer.optimizer.step()
+        plain.step(gradients)
+        trainer.optimizer.expect_gradient("layers.0")
+        trainer.check(plain)
+    trainer.optimizer.zero_grad()
+    until(lambda: trainer.records.used_bytes == 0)
+    trainer.optimizer.expect_gradient("layers.0")
+    trainer.close()
+
+
+def test_states_that_are_edited_are_read_again(engine: Engine, tmp_path: Path) -> None:
+    """They were read ahead for a backward pass that ended in an error, say."""
+    trainer = Trainer(tmp_path / "s", engine, window="backward")
+    plain, edited = PlainAdamW(initial_masters()), initial_masters()
+    edited["l0.weight"] = edited["l0.weight"] * 2
+    trainer.optimizer.expect_gradient("layers.0")
+    until(lambda: trainer.records.used_bytes > 0)
+    trainer.optimizer.set_state("l0.weight", master=torch.from_numpy(edited["l0.weight"]).reshape(80, 130))
+    plain = PlainAdamW(edited)
+    trainer.train(random_gradients(0))
+    plain.step(random_gradients(0))
+    trainer.check(plain)
+    trainer.close()
+
+
+def test_an_expected_read_that_fails(lazy: LazyDrive, tmp_path: Path) -> None:
+    """It matters to the update that it was made for alone."""
+    trainer = Trainer(tmp_path / "s", lazy, window="backward")
+    plain = PlainAdamW(initial_masters())
+    trainer.train(random_gradients(0))
+    plain.step(random_gradients(0))
+    trainer.optimizer.flush()
+
+    def expect_to_fail() -> None:
+        extent = trainer.store.extent("layers.1/state")
+        lazy.fail("read", extent, OSError(errno.EIO, "broken"))
+        trainer.optimizer.expect_gradient("layers.1")
+        until(lambda: not lazy.failures)
+
+    expect_to_fail()
+    trainer.train(without(random_gradients(1), *SHAPES["layers.1"]))
+    plain.step(without(random_gradients(1), *SHAPES["layers.1"]))
+    trainer.check(plain)
+    expect_to_fail()
+    trainer.backward(random_gradients(2), ["layers.1"])
+    with pytest.raises(OSError, match="Input/output error"):
+        trainer.optimizer.step()
+        trainer.optimizer.flush()
+    assert trainer.store.step == 2
+    trainer.close()
+
+
 # --- commit and resume --------------------------------------------------------------------------------------
 
 
