@@ -448,28 +448,26 @@ def test_expected_states_are_read_once_and_before_the_gradient(
 def test_nothing_expected_is_read_before_the_last_commit(
     lazy: LazyDrive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until then the states of the last step may be on their way to the drive."""
-    trainer = Trainer(tmp_path / "s", lazy, window="backward")
+    """Until then the states of the last step may be on their way to the drive, also while its last update is under way."""
+    trainer = Trainer(tmp_path / "s", lazy, window="backward", num_records=8)
     log = log_of_state_reads(trainer, monkeypatch)
-    gate, reached = threading.Event(), threading.Event()
-    commit = trainer.store.commit
+    gate, commit = threading.Event(), trainer.store.commit
 
-    def late_commit(**arguments: Any) -> None:
-        reached.set()
-        assert gate.wait(20)
-        log.append("commit")
+    def wait_for_gate() -> None:
+        gate.wait(20)
+
+    def logged_commit(**arguments: Any) -> None:
         commit(**arguments)
+        log.append("commit")
 
-    monkeypatch.setattr(trainer.store, "commit", late_commit)
+    monkeypatch.setattr(trainer.store, "commit", logged_commit)
+    trainer.optimizer._updater.submit_barrier(wait_for_gate)
     trainer.backward(random_gradients(0), ["epilogue"])
     trainer.optimizer.step()
-    assert reached.wait(20)
-    log.clear()
     trainer.optimizer.expect_gradient("layers.1")
-    time.sleep(0.05)
     gate.set()
-    until(lambda: len(log) == 3)
-    assert log == ["commit", "layers.1/0", "layers.1/1"]
+    until(lambda: len(log) == 4)
+    assert log == ["epilogue/0", "commit", "layers.1/0", "layers.1/1"]
     trainer.optimizer.zero_grad()
     trainer.close()
 
@@ -514,8 +512,8 @@ def test_a_gradient_that_is_expected_and_never_comes(num_records: int, engine: E
 
 def test_states_that_are_edited_are_read_again(engine: Engine, tmp_path: Path) -> None:
     """They were read ahead for a backward pass that ended in an error, say."""
-    trainer = Trainer(tmp_path / "s", engine, window="backward")
-    plain, edited = PlainAdamW(initial_masters()), initial_masters()
+    trainer = Trainer(tmp_path / "s", engine, window="backward", num_records=8)
+    edited = initial_masters()
     edited["l0.weight"] = edited["l0.weight"] * 2
     trainer.optimizer.expect_gradient("layers.0")
     until(lambda: trainer.records.used_bytes > 0)
