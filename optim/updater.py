@@ -228,10 +228,10 @@ class _Ahead(NamedTuple):
 
 
 class _SharedBuffer:
-    """Releases a buffer when the last of those who use it has ended; made with one user."""
+    """Releases a buffer when the last of those who use it has ended, and calls `then`; made with one user."""
 
-    def __init__(self, buffer: Buffer | None) -> None:
-        self._num_users, self._buffer, self._lock = 1, buffer, threading.Lock()
+    def __init__(self, buffer: Buffer | None, then: Callable[[], None]) -> None:
+        self._num_users, self._buffer, self._lock, self._then = 1, buffer, threading.Lock(), then
 
     def open_one(self) -> None:
         with self._lock:
@@ -243,6 +243,7 @@ class _SharedBuffer:
             last = self._num_users == 0
         if last and self._buffer is not None:
             self._buffer.release()
+            self._then()
 
 
 class ShardUpdater:
@@ -265,6 +266,8 @@ class ShardUpdater:
         self._record = record or (lambda *_: None)
         self._queue: collections.deque[UpdateJob | Barrier] = collections.deque()
         self._expected: dict[str, tuple[ShardLayout, Callable[[], Extent]]] = {}
+        self._came_back = False
+        """Whether a record's buffer did since it was last tried to read ahead."""
         self._wake = threading.Condition()
         self._closing = False
         self._error: BaseException | None = None
@@ -359,7 +362,7 @@ class ShardUpdater:
                 self._update(reading.popleft())
                 continue
             with self._wake:
-                while not (self._queue or self._closing or (self._expected and not self._ahead)):
+                while not (self._queue or self._closing or (self._expected and (not self._ahead or self._came_back))):
                     self._wake.wait()
                 if not self._queue:
                     if self._closing:
@@ -407,6 +410,7 @@ class ShardUpdater:
     def _read_expected(self, reading: Sequence[_Chunk]) -> None:
         """Start to read the first records of what is expected, if nothing is queued: behind a barrier nothing may be read."""
         with self._wake:
+            self._came_back = False
             if self._error is not None:
                 self._expected.clear()
             expected = [] if self._queue or self._closing else list(self._expected.values())
@@ -431,6 +435,11 @@ class ShardUpdater:
                         self.fail(error)
                     return
                 self._ahead[layout.name, index] = _Ahead(extent, buffer, transfer)
+
+    def _buffer_came_back(self) -> None:
+        with self._wake:
+            self._came_back = True
+            self._wake.notify_all()
 
     def _give_up_ahead(self) -> None:
         while self._ahead:
@@ -519,7 +528,7 @@ class ShardUpdater:
         _wait_all(chunk.transfers, job)
         # The record goes back when its last byte is on the drive, not before: a read into it would change
         # what is still being written.
-        shared = _SharedBuffer(chunk.buffer)
+        shared = _SharedBuffer(chunk.buffer, self._buffer_came_back)
         resident = job.inputs.resident_state
         try:
             if job.error is None:

@@ -445,6 +445,22 @@ def test_expected_states_are_read_once_and_before_the_gradient(
     trainer.close()
 
 
+def test_more_is_read_ahead_when_a_buffer_comes_back(
+    lazy: LazyDrive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tmp_path / "s", lazy, window="backward", num_records=2)
+    log = log_of_state_reads(trainer, monkeypatch)
+    with trainer.records.acquire(1 << 16):
+        trainer.optimizer.expect_gradient("layers.0")
+        until(lambda: log == ["layers.0/0"])
+    # Its record's buffer is the other one, in use until it is written.
+    trainer.complete("epilogue", random_gradients(0))
+    until(lambda: len(log) == 3)
+    assert log == ["layers.0/0", "epilogue/0", "layers.0/1"]
+    trainer.optimizer.zero_grad()
+    trainer.close()
+
+
 def test_nothing_expected_is_read_before_the_last_commit(
     lazy: LazyDrive, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
