@@ -336,6 +336,8 @@ class InterruptAt:
             signal.raise_signal(signal.SIGINT)
 
 
+# Between open() and `with` the interpreter closes the file, and says so.
+@pytest.mark.filterwarnings("ignore:unclosed file .*/proc/self/statm:ResourceWarning")
 @pytest.mark.parametrize("every", [97, pytest.param(1, marks=[pytest.mark.slow, pytest.mark.timeout(1200)])])
 def test_ctrl_c_anywhere_leaves_a_usable_model(every: int, tmp_path: Path) -> None:
     """Also inside engine.read: no buffer is lost, and none is given to somebody else while something reads into it."""
