@@ -66,6 +66,14 @@ def lazy() -> Iterator[LazyDrive]:
     made.close()
 
 
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for what other threads do."""
+    deadline_seconds = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline_seconds
+        time.sleep(0.001)
+
+
 def without(gradients: Gradients, *names: str) -> Gradients:
     return {name: value for name, value in gradients.items() if name not in names}
 
@@ -410,13 +418,6 @@ def log_of_state_reads(trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> lis
 
     monkeypatch.setattr(trainer.engine, "read", logged_read)
     return log
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline_seconds = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline_seconds
-        time.sleep(0.001)
 
 
 def test_expected_states_are_read_once_and_before_the_gradient(
@@ -1277,9 +1278,7 @@ def test_a_gradients_memory_does_not_wait_for_what_is_written(tmp_path: Path) ->
     transfer.wait()
     trainer.optimizer.gradient_complete(gradient, array, wait=lambda: None, on_done=lambda: given_back.append(1))
     # Virtual time stands still while nobody waits for a write.
-    until = time.monotonic() + 20
-    while trainer.gradients.used_bytes and time.monotonic() < until:
-        time.sleep(0.001)
+    until(lambda: trainer.gradients.used_bytes == 0)
     assert trainer.gradients.used_bytes == 0
     assert engine.num_under_way > 0
     assert given_back == []
