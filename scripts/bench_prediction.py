@@ -293,11 +293,15 @@ def compare_plans(setting: Setting, folder: Path, hardware: Any) -> dict[str, An
             plan, hardware, inputs.num_tokens, inputs.sequence_length, num_micro_batches=inputs.num_micro_batches
         ).seconds
 
-    others = {
-        name: plan
-        for name, plan in hand_made(inputs, chosen)
-        if plan.blocks != chosen.blocks or plan.prefetch_depth != chosen.prefetch_depth
-    }
+    others: dict[str, Plan] = {}
+    for name, plan in hand_made(inputs, chosen):
+        # Some are the chosen one, or each other, under another name.
+        if all(
+            (plan.blocks, plan.prefetch_depth, plan.durability)
+            != (known.blocks, known.prefetch_depth, known.durability)
+            for known in (chosen, *others.values())
+        ):
+            others[name] = plan
     best = sorted(others, key=lambda name: predicted(others[name]))[:MOST_PLANS]
     plans = {"chosen": chosen} | {name: others[name] for name in best} | {AGAIN: chosen}
     medians: dict[str, list[float]] = {name: [] for name in plans}
