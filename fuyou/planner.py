@@ -533,6 +533,7 @@ def predict(
         commit_every_steps=commit_every_steps,
         sequence_length=sequence_length,
         buffers=buffers,
+        with_spans=False,
     )
     return Prediction(
         step.seconds, step.lane_seconds, step.limiting_lane, *traffic(blocks, commit_every_steps, num_micro_batches)

@@ -72,6 +72,7 @@ def simulate_scheme(
             prefetch_depth=prefetch_depth,
             sequence_length=sequence_length,
             updates_after_backward=after_backward,
+            with_spans=False,
         )
 
     if scheme == "fuyou":

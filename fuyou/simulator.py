@@ -94,7 +94,8 @@ def play(tasks: Sequence[Task], speeds: Speeds) -> list[SimulatedSpan]:
 def _play(tasks: Sequence[Task], speeds: Speeds) -> tuple[list[float], list[float]]:
     """When each task begins and when it ends."""
     names = list(dict.fromkeys(task.lane for task in tasks))
-    lanes = [names.index(task.lane) for task in tasks]
+    numbers = {name: number for number, name in enumerate(names)}
+    lanes = [numbers[task.lane] for task in tasks]
     waiting = [len(task.after) for task in tasks]
     followers: list[list[int]] = [[] for _ in tasks]
     for number, task in enumerate(tasks):
@@ -103,31 +104,32 @@ def _play(tasks: Sequence[Task], speeds: Speeds) -> tuple[list[float], list[floa
     ready: list[list[int]] = [[] for _ in names]
     running: dict[int, int] = {}  # lane -> task
     left = [task.seconds for task in tasks]  # at full speed
+    done = [1e-12 * max(1.0, seconds) for seconds in left]  # what is left of a task that has ended, or less
     started, ended = [0.0] * len(tasks), [0.0] * len(tasks)
-    known_speeds: dict[tuple[int, ...], list[float]] = {}
-    now, num_left = 0.0, len(tasks)
+    known_speeds: dict[int, list[float]] = {}  # the busy lanes as bits -> by lane
+    now, num_left, busy = 0.0, len(tasks), 0
     for number, count in enumerate(waiting):
         if count == 0:
             heapq.heappush(ready[lanes[number]], number)
     while num_left:
         for lane, queue in enumerate(ready):
             if queue and lane not in running:
-                running[lane] = heapq.heappop(queue)
-                started[running[lane]] = now
+                running[lane] = number = heapq.heappop(queue)
+                started[number] = now
+                busy |= 1 << lane
         assert running  # a task waits for one behind it in the list
-        busy = tuple(sorted(running))
         speed = known_speeds.get(busy)
         if speed is None:
-            shares = speeds(frozenset(names[lane] for lane in busy))
+            shares = speeds(frozenset(names[lane] for lane in running))
             speed = known_speeds[busy] = [shares.get(name, 1.0) for name in names]
         passed = min([left[number] / speed[lane] for lane, number in running.items()])
         now += passed
-        for lane in busy:
-            number = running[lane]
+        for lane, number in list(running.items()):
             left[number] -= passed * speed[lane]
-            if left[number] > 1e-12 * max(1.0, tasks[number].seconds):
+            if left[number] > done[number]:
                 continue
             del running[lane]
+            busy ^= 1 << lane
             ended[number] = now
             num_left -= 1
             for follower in followers[number]:
@@ -166,13 +168,14 @@ def simulate_step(
     sequence_length: int = 0,
     updates_after_backward: bool = False,
     buffers: Buffers = AMPLE,
+    with_spans: bool = True,
 ) -> SimulatedStep:
     """Simulate training with a plan's blocks until it is steady, and return that step; no step is clipped.
 
     `num_tokens` are those of all micro-batches together, padding included, since that is computed with too.
     Where not every step is written, each has its share of the writes of one that is. Without a `sequence_length` attention
     scores are left out. With `updates_after_backward` no update of a late window begins before the backward pass has ended
-    and no forward pass before all have: how others do it, never our executor.
+    and no forward pass before all have: how others do it, never our executor. `with_spans`=False leaves the spans empty.
     """
     builder = _StepBuilder(
         blocks,
@@ -189,19 +192,21 @@ def simulate_step(
     ends = [builder.add_step() for _ in range(4)]
     started, ended = _play(builder.tasks, lane_speeds(hardware, builder.layer_size))
 
-    def inside(begin: float, end: float) -> list[SimulatedSpan]:
-        return [
-            SimulatedSpan(task.lane, task.name, max(started[n], begin) - begin, min(ended[n], end) - begin)
-            for n, task in enumerate(builder.tasks)
-            if ended[n] > begin and started[n] < end and ended[n] > started[n]
-        ]
-
     begin, middle, end = (ended[number] for number in ends[1:])
     lanes = dict.fromkeys(("gpu", "h2d", "d2h", "ssd_read", "ssd_write", "cpu"), 0.0)
-    for span in inside(begin, end):
-        lanes[span.lane] += (span.ended_seconds - span.started_seconds) / 2
-    shorter = inside(begin, middle) if middle - begin < end - middle else inside(middle, end)
-    return SimulatedStep((end - begin) / 2, lanes, tuple(shorter))
+    for task, task_started, task_ended in zip(builder.tasks, started, ended, strict=True):
+        if task_ended > begin and task_started < end:
+            lanes[task.lane] += (min(task_ended, end) - max(task_started, begin)) / 2
+    seconds = (end - begin) / 2
+    if not with_spans:
+        return SimulatedStep(seconds, lanes, ())
+    begin, end = (begin, middle) if middle - begin < end - middle else (middle, end)
+    spans = (
+        SimulatedSpan(task.lane, task.name, max(task_started, begin) - begin, min(task_ended, end) - begin)
+        for task, task_started, task_ended in zip(builder.tasks, started, ended, strict=True)
+        if task_ended > begin and task_started < end and task_ended > task_started
+    )
+    return SimulatedStep(seconds, lanes, tuple(spans))
 
 
 def lane_speeds(hardware: HardwareProfile, layer_size: int = 0) -> Speeds:
@@ -405,7 +410,9 @@ class _StepBuilder:
         return end
 
     def _add(self, lane: str, name: str, seconds: float, after: Iterable[int | None]) -> int:
-        self.tasks.append(Task(lane, name, seconds, tuple({n for n in after if n is not None})))
+        known = set(after)
+        known.discard(None)
+        self.tasks.append(Task(lane, name, seconds, tuple(known)))  # type: ignore[arg-type]  # no None is left
         return len(self.tasks) - 1
 
     def _ahead_in(self, computed: Sequence[int]) -> int | None:
