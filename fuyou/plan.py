@@ -114,10 +114,9 @@ class BlockPlan:
             return 0
         if self.stays_on_device():
             return 1
-        # Forward and backward pass, and once for each borrower. The epilogue's backward pass follows its forward pass
-        # at once; only an update in the backward window needs its weights again.
-        once = self.kind == "epilogue" and (self.update_window == "forward" or not self.trainable)
-        return (1 if once or not self.in_backward else 2) + self.num_borrowers
+        # Forward and backward pass, and once for each borrower. The epilogue's backward pass follows its forward pass at
+        # once, and an update finds its weights still in memory.
+        return (2 if self.in_backward and self.kind != "epilogue" else 1) + self.num_borrowers
 
 
 def _op_number(text: Any) -> int:

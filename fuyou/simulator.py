@@ -346,7 +346,7 @@ class _StepBuilder:
         self._before_backward: list[int | None] = []
         """What the newest backward computation waits for beside its activations."""
         self._computed_reads: list[int] = []
-        """Of these, the ones with weights that had been read."""
+        """Of these, the last of each visit with weights that had been read."""
         self._last_read: int | None = None
         self._written_records: list[int] = []
         self._adams: list[int] = []
@@ -377,11 +377,11 @@ class _StepBuilder:
             frozen = block.weights_on_device and not block.trainable
             weights = in_host if frozen else self._upload_weights(block, in_host)
             self._compute(block, "forward", weights)
-            self._end_weights(block, (self._computes[-1], *uses))
             if block.kind == "layer":
                 self._save_activations(block)
             if block.kind == "epilogue":  # its backward pass follows at once
                 self._compute(block, "backward", weights)
+            self._end_visit(block, (self._computes[-1], *uses))
         # Every late update of the last step has been made: it is committed before an early one of this step is.
         if self._uncommitted and self._hardware.commit_seconds:
             seconds = self._hardware.commit_seconds / self._commit_every_steps
@@ -389,8 +389,7 @@ class _StepBuilder:
         self._uncommitted = []
         for block in reversed([block for block in self._blocks if block.in_backward]):
             is_epilogue = block.kind == "epilogue"
-            reads = not is_epilogue or (block.trainable and block.update_window == "backward")
-            reads = reads and not block.stays_on_device()
+            reads = not is_epilogue and not block.stays_on_device()
             weights = self._upload_weights(block, self._read_weights(block)) if reads else self._computes[-1]
             if not is_epilogue:
                 saved = self._saved_activations(block) if block.kind == "layer" else None
@@ -401,7 +400,9 @@ class _StepBuilder:
                 if block.update_window == "backward":
                     uses = (self._written[block.name],)
             if reads:
-                self._end_weights(block, uses)
+                self._end_visit(block, uses)
+            elif is_epilogue and block.trainable and block.update_window == "backward":
+                self._end_visit(block, uses, is_still_there=True)
         end = self._computes[-1]
         if self._all_late:
             late = [b for b in reversed(self._blocks) if b.name in self._gradients]
@@ -437,10 +438,16 @@ class _StepBuilder:
         seconds = self._link_seconds(block.weight_bytes)
         return self._add("h2d", f"{block.name} weights", seconds, (in_host, self._ahead_in(self._computes)))
 
-    def _end_weights(self, block: BlockPlan, uses: tuple[int, ...]) -> None:
-        """What was read for the block is in use until all of these have ended."""
+    def _end_visit(self, block: BlockPlan, uses: tuple[int, ...], *, is_still_there: bool = False) -> None:
+        """What was read for the block is in use until all of these have ended.
+
+        `is_still_there`: it is what the visit before this one read.
+        """
         if block.num_weight_reads():
+            if is_still_there:
+                self._weight_ends.pop()
             self._weight_ends.append(uses)
+            self._computed_reads.append(self._computes[-1])
 
     def _link_seconds(self, num_bytes: int) -> float:
         rate = self._hardware.link_bytes_per_second
@@ -467,8 +474,6 @@ class _StepBuilder:
                 waits += self._gradient_ends[-count]
             self._before_backward = waits
         self._computes.append(self._add("gpu", f"{block.name} {what}", seconds, [*waits, saved]))
-        if block.num_weight_reads():
-            self._computed_reads.append(self._computes[-1])
 
     def _save_activations(self, block: BlockPlan) -> None:
         """The layer's input, and what else is not computed again, leave the device."""

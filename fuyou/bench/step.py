@@ -334,8 +334,7 @@ class _Copies:
             states = _pieces(self._store.extent(layout.state_name, slot))
             if not block.weights_in_host:
                 forward[0].extend(weights)
-                # The epilogue's stay from its forward pass, which is the last, to its backward pass, the first.
-                backward[0].extend([] if block.kind == "epilogue" else weights * (block.num_weight_reads() - 1))
+                backward[0].extend(weights * (block.num_weight_reads() - 1))
             update = forward if block.update_window == "forward" else backward
             update[0].extend([] if block.states_in_host else states)
             for name in (layout.weight_name, layout.state_name):

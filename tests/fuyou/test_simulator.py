@@ -12,6 +12,7 @@ import pytest
 
 from fuyou.hardware import ComputeSample, HardwareProfile
 from fuyou.plan import BlockPlan
+from fuyou.planner import traffic
 from fuyou.simulator import (
     RECORD_PARAMETERS,
     Buffers,
@@ -325,6 +326,33 @@ def test_one_buffer_for_weights_makes_updates_follow_one_another() -> None:
     assert one.seconds == pytest.approx(alone, rel=0.01)
     assert ample.seconds < 0.95 * one.seconds
     assert simulate_step(one_record, instant, num_tokens=0, buffers=Buffers(weights=30)) == ample
+
+
+@pytest.mark.parametrize("window", ["backward", "forward"])
+def test_an_epilogues_weights_are_read_once(window: str) -> None:
+    """Its backward pass follows its forward pass, and an early update finds them still there."""
+    both_ways = dataclasses.replace(GPU, mixed_bytes_per_second=3e9)  # nothing is slower beside something else
+    model = [*blocks(4, update_window=window), block("epilogue", kind="epilogue", update_window=window)]
+    read_seconds = simulate_step(model, both_ways, num_tokens=0).lane_seconds["ssd_read"]
+    assert read_seconds == pytest.approx((9 * 20 + 5 * 100) * MEGA / 2e9, rel=0.01)  # once more would be 3 %
+    assert read_seconds == pytest.approx(traffic(model)[0] / 2e9, rel=0.01)
+
+
+def test_an_early_update_of_the_epilogue_keeps_the_buffer_of_its_weights() -> None:
+    """The only one: what the backward pass reads next comes when they have been written."""
+    small = {"num_parameters": 2 * MEGA, "weight_bytes": 4 * MEGA, "state_bytes": 20 * MEGA}
+    early = [*blocks(2, **small), block("epilogue", kind="epilogue", **small)]
+    frozen = [*early[:-1], dataclasses.replace(early[-1], trainable=False)]
+
+    def read_again_seconds(model: list[BlockPlan]) -> float:
+        """From the end of the epilogue's compute, which takes no time, to the next read of a layer's weights."""
+        spans = simulate_step(model, GPU, num_tokens=0, buffers=Buffers(weights=1)).spans
+        read_seconds = next(s.ended_seconds for s in spans if s.name == "epilogue weights")
+        layer = [s.started_seconds for s in spans if s.name == "layers.1 weights"]
+        return min(seconds for seconds in layer if seconds >= read_seconds) - read_seconds
+
+    assert read_again_seconds(early) >= 20 * MEGA / 2e9 + 24 * MEGA / 1e9 - 1e-9
+    assert read_again_seconds(frozen) == pytest.approx(4 * MEGA / 1e10)  # it must have come to the GPU
 
 
 def test_one_buffer_for_gradients_makes_compute_wait_for_updates() -> None:
