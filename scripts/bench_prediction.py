@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import operator
 import shutil
 import statistics
 import tempfile
@@ -293,14 +294,11 @@ def compare_plans(setting: Setting, folder: Path, hardware: Any) -> dict[str, An
             plan, hardware, inputs.num_tokens, inputs.sequence_length, num_micro_batches=inputs.num_micro_batches
         ).seconds
 
+    what_differs = operator.attrgetter("blocks", "prefetch_depth", "durability")
     others: dict[str, Plan] = {}
     for name, plan in hand_made(inputs, chosen):
         # Some are the chosen one, or each other, under another name.
-        if all(
-            (plan.blocks, plan.prefetch_depth, plan.durability)
-            != (known.blocks, known.prefetch_depth, known.durability)
-            for known in (chosen, *others.values())
-        ):
+        if what_differs(plan) not in map(what_differs, (chosen, *others.values())):
             others[name] = plan
     best = sorted(others, key=lambda name: predicted(others[name]))[:MOST_PLANS]
     plans = {"chosen": chosen} | {name: others[name] for name in best} | {AGAIN: chosen}

@@ -149,7 +149,7 @@ def layers_summary(rows: Sequence[Mapping[str, Any]]) -> str:
     slope, offset, error = linear_fit([f["num_parameters"] / 1e6 for f in found], [f["step"]["seconds"] for f in found])
     peaks = [f["peak_host_bytes"] / 2**20 for f in found]
     return (
-        f"Seconds = {offset:.3f} + {1000 * slope:.2f} a billion parameters, largest error {100 * error:.1f} %. "
+        f"Seconds = {offset:.3f} + {1000 * slope:.2f} for each billion parameters, largest error {100 * error:.1f} %. "
         f"Peak memory {min(peaks):.0f} to {max(peaks):.0f} MiB with {found[0]['num_parameters'] / 1e6:.0f}M to "
         f"{found[-1]['num_parameters'] / 1e6:.0f}M parameters."
     )
