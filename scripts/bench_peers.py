@@ -427,7 +427,7 @@ def run_resume(options: argparse.Namespace) -> dict[str, Any]:
     make_model(scenario, options)
     rows: dict[str, Any] = {}
     for name in EVERYONE:
-        if name == "deepspeed-lean" or (options.contestants is not None and name not in options.contestants):
+        if options.contestants is not None and name not in options.contestants:
             continue
         _say(f"resume: {name}")
         with tempfile.TemporaryDirectory(prefix="resume-", dir=options.work) as work:
@@ -597,7 +597,9 @@ def first_step_table(first: Mapping[str, Any], resume: Mapping[str, Any]) -> lis
         "|---|---|---|---|---|",
     ]
     installed = first.get("install_seconds", {})
-    for name in dict.fromkeys([*first.get("rows", {}), *resume.get("rows", {})]):
+    for name in EVERYONE:
+        if name not in first.get("rows", {}) and name not in resume.get("rows", {}):
+            continue
         started, resumed = first.get("rows", {}).get(name, {}), resume.get("rows", {}).get(name, {})
         if "everyone" in installed and name in ("fuyou", "in-memory"):
             install = f"{installed['everyone'] / 60:.1f} min"
@@ -608,7 +610,7 @@ def first_step_table(first: Mapping[str, Any], resume: Mapping[str, Any]) -> lis
         seconds = (
             f"{started['seconds'] / 60:.1f} min"
             if "seconds" in started
-            else _cell(started.get("reason", "not measured"))
+            else _cell(started.get("reason", "as above" if name == "deepspeed-lean" else "not measured"))
         )
         if "equal" in resumed:
             told = "equal" if resumed["equal"] else "differ: " + ", ".join(f"{x:.4f}" for x in resumed["resumed"][2:])
