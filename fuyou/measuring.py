@@ -74,6 +74,8 @@ class _Effort:
     together_seconds: float = 0.25
     """Of a round, for which works are repeated side by side."""
     file_bytes: int = 256 * 2**20
+    drive_seconds: float = 0.5
+    """Of reading, of writing and of both, at both ends: a tenth of a second of one drive said 1.7 to 2.65 GB/s."""
     retry_until_seconds: float = 0.0
     """Of time.perf_counter: until then what was disturbed is measured again, and layers have another round."""
 
@@ -81,7 +83,7 @@ class _Effort:
 EFFORTS = {
     "cpu": _Effort(((512, 8), (1536, 16)), (16, 64, 256)),
     "cuda": _Effort(((1024, 16), (4096, 32)), (256, 2048, 8192)),
-    "quick": _Effort(((64, 4), (128, 4)), (8, 32), 1, 0.01, 0.02, 64 * 2**20),
+    "quick": _Effort(((64, 4), (128, 4)), (8, 32), 1, 0.01, 0.02, 64 * 2**20, 0.0),
 }
 """By kind of device; "quick" is for tests, whose plans need figures but not good ones."""
 
@@ -165,7 +167,7 @@ def measure_hardware(directories: Directories, device: str, compute_dtype: str =
 
 
 def _probe(paths: Sequence[Path], effort: _Effort) -> list[DirectoryProbe]:
-    return [probe_directory(path, num_bytes=effort.file_bytes) for path in paths]
+    return [probe_directory(path, num_bytes=effort.file_bytes, seconds=effort.drive_seconds) for path in paths]
 
 
 # ---------------------------------------------------------------------------------------------------- compute

@@ -33,6 +33,8 @@ GRAPH_FACTOR = 4
 """Memory of a layer's graph, of what the outputs of its matrix products take (autograd keeps about twice them)."""
 MIN_ACTIVATION_BYTES = MEBIBYTE // 4
 """For what passes between blocks, also while no step's tokens are known."""
+UNKNOWN_TOKENS = 2048
+"""Of a micro-batch while no step's are known: one layer's input has room before anything that only saves time."""
 OVERHEAD_SHARE, MAX_OVERHEAD_BYTES = 6, 96 * MEBIBYTE
 """A sixth of the budget, at most this, stays free for Python objects, kernels, torch's temporaries and what the
 allocator keeps: 60 to 90 MiB beside the pools were measured with 85M to 567M parameters."""
@@ -256,6 +258,9 @@ def make_plan(
             f'{format_bytes(host_memory_bytes - free * 6 // 5)} or more, or durability="step"',
             short_bytes=-free * 6 // 5,
         )
+    activations = least.activations
+    if shape is None:
+        activations += take(pooled_bytes(UNKNOWN_TOKENS * max(s.input_bytes_per_token for s in shards)) - activations)
     largest = sorted((pooled_bytes(s.weight_bytes) for s in shards), reverse=True)
     widest = sorted((pooled_bytes(s.gradient_bytes) for s in trainable), reverse=True)
     record = max((s.record_bytes for s in trainable), default=0)
@@ -269,7 +274,6 @@ def make_plan(
     gradient_pool = least.gradients + take(widest[1] if len(widest) > 1 else 0)
     ring = COMFORTABLE_RECORD_BUFFERS * pooled_bytes(spilled_record if clipping else record)
     record_pool += take(ring - record_pool)
-    activations = least.activations
     activations += take((boundary_bytes or host_memory_bytes // 16) - activations)
     weight_pool, gradient_pool, record_pool = weight_pool + kept[0], gradient_pool + kept[1], record_pool + kept[2]
     on_device = frozenset[str]()

@@ -76,6 +76,9 @@ try:
             optimizer.step()
             optimizer.zero_grad()
             metrics.append(model.fuyou.step_metrics())
+        if spec["new_tokens"]:
+            ids = torch.randint(0, 256, (4, 64))
+            model.eval().generate(ids, max_new_tokens=spec["new_tokens"], do_sample=False, pad_token_id=0)
 finally:
     stop.set()
     sampler.join()
@@ -136,6 +139,7 @@ def run(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
         hard: bool = True,
         budget_mib: int = BUDGET_MIB,
         keeps_freed: bool = True,
+        new_tokens: int = 0,
     ) -> dict[str, Any]:
         hidden, intermediate, layers, heads = shape
         limit = budget_mib * MIB + block_in_compute_bytes(shape)
@@ -151,6 +155,7 @@ def run(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
             "host_memory": f"{budget_mib}MiB",
             "steps": num_steps,
             "keeps_freed": keeps_freed,
+            "new_tokens": new_tokens,
             "cgroup": str(group.path) if group is not None and group.path is not None else None,
         }
         done = subprocess.run(
@@ -182,8 +187,8 @@ def check(result: dict[str, Any], num_steps: int = 2) -> None:
 
 
 def test_peak_stays_under_the_budget(run: Any) -> None:
-    """85M parameters under a hard limit: 1.2 GiB of weights, states and gradients in 768 MiB."""
-    check(run(SHAPES["85M"]))
+    """85M parameters under a hard limit: 1.2 GiB of weights, states and gradients in 768 MiB; four texts generated, too."""
+    check(run(SHAPES["85M"], new_tokens=4))
 
 
 @pytest.mark.slow

@@ -360,6 +360,7 @@ def train(
     max_grad_norm: float | None,
     num_steps: int,
     plan: Plan | None = None,
+    shape: tuple[int, int] = (2, 8),
 ) -> tuple[int, float]:
     """The committed step after so many, and the bytes that each but the first two moved."""
     torch.manual_seed(0)
@@ -373,7 +374,7 @@ def train(
     with model.fuyou:
         optimizer = fuyou.AdamW(model, lr=1e-3, max_grad_norm=max_grad_norm)
         for step in range(num_steps):
-            ids = torch.randint(0, config.vocab_size, (2, 8))
+            ids = torch.randint(0, config.vocab_size, shape)
             model(input_ids=ids, labels=ids).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -401,6 +402,17 @@ def test_training_at_exactly_the_least_budget(tied: bool, max_grad_norm: float |
         train(config, tmp_path / "store", f"{int(named.removesuffix('MiB')) - 1}MiB", max_grad_norm, 1)
     assert not (tmp_path / "store").exists()
     assert train(config, tmp_path / "store", named, max_grad_norm, 3)[0] == 3
+
+
+def test_a_model_opened_for_unknown_batches_has_room_for_a_long_one_first(tmp_path: Path) -> None:
+    """A little above the least budget: 2,048 tokens' input of a layer before more buffers for anything else."""
+    config = small_llama(tied=False)
+    with pytest.raises(fuyou.PlanError) as caught:
+        train(config, tmp_path / "store", "1MiB", None, 1)
+    least_mib = int(str(caught.value).split('host_memory="')[1].split("MiB")[0])
+    with pytest.raises(fuyou.PlanError, match="smaller micro_batch_size"):
+        train(config, tmp_path / "least", f"{least_mib}MiB", None, 1, shape=(2, 1024))
+    assert train(config, tmp_path / "store", f"{least_mib + 3}MiB", None, 1, shape=(2, 1024))[0] == 1
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 1e9])

@@ -15,8 +15,8 @@ MIB = 1 << 20
 def test_what_is_measured(tmp_path: Path) -> None:
     """Wall time says nothing about a mock, so what is checked is which transfers the rates are made of."""
     with MockEngine() as engine:
-        result = probe_directory(tmp_path, num_bytes=64 * MIB, engine=engine)
-        assert (engine.bytes_read, engine.bytes_written) == (96 * MIB, 160 * MIB)  # mixed: half of each
+        result = probe_directory(tmp_path, num_bytes=128 * MIB, engine=engine)
+        assert (engine.bytes_read, engine.bytes_written) == (192 * MIB, 320 * MIB)  # mixed: half of each
         kinds = [line.split()[0] for line in engine.transfers]
         # Fresh blocks, then writes with their sync; reads without; both at once with the sync.
         assert kinds[:10] == (["write"] * 4 + ["sync"]) * 2
@@ -48,8 +48,8 @@ def test_through_the_page_cache_it_says_so(tmp_path: Path) -> None:
 def test_failures_leave_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with MockEngine() as engine:
         engine.fail_next("read", "probe", OSError(errno.EIO, "Input/output error"), num_to_skip=1)
-        with pytest.raises(OSError, match="read of 16777216 bytes"):
-            probe_directory(tmp_path, num_bytes=64 * MIB, engine=engine)
+        with pytest.raises(OSError, match="read of 33554432 bytes"):
+            probe_directory(tmp_path, num_bytes=128 * MIB, engine=engine)
         assert engine.num_under_way == 0
         assert engine.files == {}
     with pytest.raises(FileNotFoundError, match="missing"):
