@@ -180,7 +180,7 @@ def test_scaling_page(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     text = path.read_text()
     # 0.02 s for each layer of 10M parameters.
-    assert "Seconds = 0.100 + 2.00 a billion parameters, largest error 0.0 %." in text
+    assert "Seconds = 0.100 + 2.00 for each billion parameters, largest error 0.0 %." in text
     # Steps of 1.62, 1.31 and 1.08 times the transfers; the row of the drives has too little compute to count.
     assert "within 2 x of each other in 3 rows; the step is at most 1.15 x the longer of them in 1 " in text
     assert "| 2 | not measured: only 1 directories were named | | | | | | | | |" in text
