@@ -2,7 +2,8 @@
 
 Where the drive is the lane that limits, no token can be there before its weights are: the limit is the time that bare
 system calls take for what a token step reads, as often as there are token steps. The plan's prediction stands beside it,
-for the prompts and for a token step, also where host memory holds all weights and nothing is read.
+for the prompts and for a token step, also where host memory holds all weights and nothing is read: the mean of what is
+predicted by this machine's rates before and after, since drives are not as fast all the time.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from fuyou.bench.io import NUM_THREADS, Task, bare_calls, open_direct
 from fuyou.config import counted
 
 if TYPE_CHECKING:
+    from fuyou.generation_plan import GenerationPlan
     from io_engine import Extent
 
 SUMMARY = "generation from a streamed model beside a bare loop that reads the same bytes"
@@ -66,18 +68,26 @@ def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any)
 
     config = llama(options.size, options.prompt + options.new_tokens)
     config.eos_token_id = None
-    if not options.measured:
-        fuyou.measure_hardware(folder, device, dtype)
+
+    def measure_machine() -> None:
+        if not options.measured:
+            fuyou.measure_hardware(folder, device, dtype)
+
+    measure_machine()
     offload = fuyou.OffloadConfig(store=folder / "store", device=device, compute_dtype=dtype)
     fuyou.from_config(config, offload=offload, seed=0, trainable=()).fuyou.close()
     source = find_source(str(folder / "store"))
-    plan = plan_generation(
-        source,
-        Demand(options.rows, options.prompt, options.new_tokens),
-        default_offload(source, device=device, host_memory=options.host_memory),
-        batch_size=options.rows,
-        say=lambda _line: None,
-    )
+
+    def planned() -> GenerationPlan:
+        return plan_generation(
+            source,
+            Demand(options.rows, options.prompt, options.new_tokens),
+            default_offload(source, device=device, host_memory=options.host_memory),
+            batch_size=options.rows,
+            say=lambda _line: None,
+        )
+
+    plan = planned()
     ids = torch.randint(0, 256, (options.rows, options.prompt), generator=torch.Generator().manual_seed(0))
     with (
         opened(source, device=device, host_memory=plan.weights_host_bytes) as model,
@@ -105,8 +115,12 @@ def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any)
         # Where nothing is read there is no limit of that kind.
         limit = {"limit": reads.run} if reads.num_bytes else {}
         seconds = take_turns({"generate": generate, **limit}, options.repeats)
+    measure_machine()
+    plans = (plan, planned())
     # Of a later batch: weights that stay in memory came in during the untimed turn.
-    predicted = plan.predicted_later_prefill_seconds + (options.new_tokens - 1) * plan.predicted_seconds_per_token_step
+    predicted_prefill = statistics.mean(p.predicted_later_prefill_seconds for p in plans)
+    predicted_step = statistics.mean(p.predicted_seconds_per_token_step for p in plans)
+    predicted = predicted_prefill + (options.new_tokens - 1) * predicted_step
     median = statistics.median(seconds["generate"])
     prefill, step = statistics.median(prefills[1:]), statistics.median(steps[1:])
     return {
@@ -121,11 +135,11 @@ def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any)
         "host_memory": options.host_memory,
         "tokens_per_second": options.rows * options.new_tokens / median,
         "seconds_per_token_step": step,
-        "predicted_seconds_per_token_step": plan.predicted_seconds_per_token_step,
-        "token_step_error": plan.predicted_seconds_per_token_step / step - 1,
+        "predicted_seconds_per_token_step": predicted_step,
+        "token_step_error": predicted_step / step - 1,
         "prefill_seconds": prefill,
-        "predicted_prefill_seconds": plan.predicted_later_prefill_seconds,
-        "prefill_error": plan.predicted_later_prefill_seconds / prefill - 1,
+        "predicted_prefill_seconds": predicted_prefill,
+        "prefill_error": predicted_prefill / prefill - 1,
         "bytes_read_per_token_step": statistics.median(moved) / options.new_tokens,
         "planned_bytes_per_token_step": plan.read_bytes_per_token_step,
         "predicted_seconds": predicted,
