@@ -68,12 +68,8 @@ def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any)
 
     config = llama(options.size, options.prompt + options.new_tokens)
     config.eos_token_id = None
-
-    def measure_machine() -> None:
-        if not options.measured:
-            fuyou.measure_hardware(folder, device, dtype)
-
-    measure_machine()
+    if not options.measured:
+        fuyou.measure_hardware(folder, device, dtype)
     offload = fuyou.OffloadConfig(store=folder / "store", device=device, compute_dtype=dtype)
     fuyou.from_config(config, offload=offload, seed=0, trainable=()).fuyou.close()
     source = find_source(str(folder / "store"))
@@ -115,8 +111,10 @@ def _measure(folder: Path, options: argparse.Namespace, device: str, dtype: Any)
         # Where nothing is read there is no limit of that kind.
         limit = {"limit": reads.run} if reads.num_bytes else {}
         seconds = take_turns({"generate": generate, **limit}, options.repeats)
-    measure_machine()
-    plans = (plan, planned())
+    plans = [plan]
+    if not options.measured:
+        fuyou.measure_hardware(folder, device, dtype)
+        plans.append(planned())
     # Of a later batch: weights that stay in memory came in during the untimed turn.
     predicted_prefill = statistics.mean(p.predicted_later_prefill_seconds for p in plans)
     predicted_step = statistics.mean(p.predicted_seconds_per_token_step for p in plans)
