@@ -42,7 +42,7 @@ SLOW = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 @pytest.mark.parametrize(
     ("num_kills", "seed", "durability"),
-    [(14, 1, "step"), pytest.param(200, 2, "step", marks=SLOW), pytest.param(100, 3, "checkpoint", marks=SLOW)],
+    [(20, 1, "step"), pytest.param(200, 2, "step", marks=SLOW), pytest.param(100, 3, "checkpoint", marks=SLOW)],
 )
 def test_kills_at_random_moments(num_kills: int, seed: int, durability: str, tmp_path: Path) -> None:
     """In every phase of a run, the making of the store and the export included."""
@@ -107,7 +107,7 @@ def soak(store: Path, num_steps: int) -> list[tuple[float, int, int, list[str]]]
 
 @pytest.mark.usefixtures("_one_thread")
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads memory and descriptors from /proc")
-@pytest.mark.parametrize("num_steps", [60, pytest.param(10_000, marks=SLOW)], ids=["sample", "soak"])
+@pytest.mark.parametrize("num_steps", [100, pytest.param(10_000, marks=SLOW)], ids=["sample", "soak"])
 def test_long_runs_take_no_more_than_short_ones(num_steps: int, tmp_path: Path) -> None:
     """Memory, descriptors, threads and files are those of the second turn (the first warms up) to the end."""
     first, *later = soak(tmp_path / "store", num_steps)[1:]

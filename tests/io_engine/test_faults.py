@@ -338,7 +338,7 @@ def test_workers_that_fork_during_transfers(tmp_path: Path) -> None:
     path, num_bytes = str(tmp_path / "x"), 8 * MIB
     children: list[int] = []
     with PosixEngine(4, request_bytes=64 * 1024) as engine, BufferPool(4 * num_bytes, name="test") as pool:
-        for turn in range(4):
+        for turn in range(8):
             data = pattern(num_bytes, seed=turn)
             with pool.acquire(num_bytes) as source, pool.acquire(num_bytes) as target:
                 source.array[:] = data
