@@ -17,6 +17,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten
 
 from fuyou.executor.activations import SavedTensor
 from fuyou.executor.replay import Recording
+from fuyou.executor.torch_state import Autocast
 from fuyou.plan import StepShape
 
 
@@ -80,7 +81,7 @@ class LayerCall:
     inputs: list[SavedInput]
     outputs: CutGradients
     rng: tuple[torch.Tensor, ...]
-    autocast: tuple[bool, torch.dtype]
+    autocast: Autocast
     collected: dict[str, int]
     """Entries that the layer added to the active output collector, by key."""
     recording: Recording | None = None
@@ -107,7 +108,7 @@ class MicroBatch:
         """Gradients of what the prologue gave to layers, last layer first."""
         self.rng: tuple[torch.Tensor, ...] = ()
         self.grad_enabled = True
-        self.autocast: tuple[bool, torch.dtype]
+        self.autocast: Autocast
         self.output: Any = None
         self.loss: torch.Tensor | None = None
 
@@ -118,7 +119,7 @@ class ForwardRecord:
 
     micro_batches: list[MicroBatch]
     output_type: type
-    autocast: tuple[bool, torch.dtype]
+    autocast: Autocast
     losses: list[torch.Tensor] = dataclasses.field(default_factory=list)
     """The micro-batches' losses times their weights, float64, 0-dimensional."""
     needs_prologue: bool = False

@@ -32,7 +32,7 @@ from fuyou.executor.head import ChunkedHead
 from fuyou.executor.ops import Op
 from fuyou.executor.record import ForwardRecord, MicroBatch, Output, Root, is_float, origin_of
 from fuyou.executor.stopwatch import Stopwatch
-from fuyou.executor.torch_state import TorchState, micro_batch_seed
+from fuyou.executor.torch_state import Autocast, TorchState, micro_batch_seed
 from fuyou.executor.weights import WeightStream
 from fuyou.memory import FreedMemory
 from fuyou.plan import Activations
@@ -154,12 +154,13 @@ class StepExecutor:
         first micro-batch in the step) choose the random numbers. Call `backward` with the record, or `discard` it.
         """
         record, autocast = self._new_record(calls, first)
+        no_autocast = autocast._replace(is_enabled=False)
         with self._running(record.micro_batches, record), self._state.autocast(autocast):
             self._run_layers(record.micro_batches, step, self._backward.visits(epilogue_again=False))
             with self._bound.block("epilogue"), torch.enable_grad():
                 self._gradients.open("epilogue", once=record.is_one and self._chunked_head is None)
                 for micro_batch in record.micro_batches:
-                    with self._loss_in_chunks(micro_batch, autocast[1]):
+                    with self._loss_in_chunks(micro_batch, no_autocast):
                         self._forward.finish(micro_batch)
                     loss = _loss_of(micro_batch.output)
                     record.losses.append(micro_batch.weight * loss.detach().double())
@@ -167,19 +168,17 @@ class StepExecutor:
                     micro_batch.output = None
                     if not loss.requires_grad:
                         raise ModelError("the loss depends on no trainable parameter: there is nothing to train")
-                    with self._stopwatch.computing("epilogue backward"), self._state.autocast((False, autocast[1])):
+                    with self._stopwatch.computing("epilogue backward"), self._state.autocast(no_autocast):
                         torch.autograd.backward(
                             loss, torch.tensor(micro_batch.weight, dtype=loss.dtype, device=loss.device)
                         )
                     del loss
         return record
 
-    def _loss_in_chunks(
-        self, micro_batch: MicroBatch, autocast_dtype: torch.dtype
-    ) -> contextlib.AbstractContextManager[None]:
+    def _loss_in_chunks(self, micro_batch: MicroBatch, autocast: Autocast) -> contextlib.AbstractContextManager[None]:
         if self._chunked_head is None:
             return contextlib.nullcontext()
-        return self._chunked_head.running(micro_batch.weight, lambda: self._state.autocast((False, autocast_dtype)))
+        return self._chunked_head.running(micro_batch.weight, lambda: self._state.autocast(autocast))
 
     def forward_outputs(
         self, calls: Sequence[Mapping[str, Any]], *, step: int, first: int
@@ -208,7 +207,7 @@ class StepExecutor:
 
     def _new_record(
         self, calls: Sequence[tuple[Mapping[str, Any], float]], first: int
-    ) -> tuple[ForwardRecord, tuple[bool, torch.dtype]]:
+    ) -> tuple[ForwardRecord, Autocast]:
         micro_batches = [MicroBatch(first + i, arguments, weight) for i, (arguments, weight) in enumerate(calls)]
         autocast = self._state.get_autocast()
         return ForwardRecord(micro_batches, type(None), autocast), autocast

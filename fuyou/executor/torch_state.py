@@ -5,8 +5,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
+
+
+class Autocast(NamedTuple):
+    """A thread's autocast."""
+
+    is_enabled: bool
+    dtype: torch.dtype
+    keeps_casts: bool
+    """Whether casts of weights are kept until autocast is left."""
 
 
 def micro_batch_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -44,22 +54,28 @@ class TorchState:
         if len(state) > 1:
             torch.cuda.set_rng_state(state[1], self._torch_device)
 
-    def get_autocast(self) -> tuple[bool, torch.dtype]:
-        """Whether autocast is on, and its dtype."""
+    def get_autocast(self) -> Autocast:
+        """As it is now."""
         device_type = self._torch_device.type
-        return torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+        return Autocast(
+            torch.is_autocast_enabled(device_type),
+            torch.get_autocast_dtype(device_type),
+            torch.is_autocast_cache_enabled(),
+        )
 
-    def set_autocast(self, autocast: tuple[bool, torch.dtype]) -> None:
+    def set_autocast(self, autocast: Autocast) -> None:
         """What `get_autocast` gave."""
         device_type = self._torch_device.type
-        torch.set_autocast_enabled(device_type, autocast[0])
-        torch.set_autocast_dtype(device_type, autocast[1])
+        torch.set_autocast_enabled(device_type, autocast.is_enabled)
+        torch.set_autocast_dtype(device_type, autocast.dtype)
+        torch.set_autocast_cache_enabled(autocast.keeps_casts)
 
-    def autocast(self, autocast: tuple[bool, torch.dtype]) -> torch.autocast:
-        """A context in which autocast is like this."""
-        # Without the cache: it would return casts of weights that have been replaced since.
-        enabled, dtype = autocast
-        return torch.autocast(self._torch_device.type, dtype=dtype, enabled=enabled, cache_enabled=False)
+    def autocast(self, autocast: Autocast) -> torch.autocast:
+        """A context in which autocast is on and of a dtype as in this, but keeps no casts of weights."""
+        # They would be of weights that have been replaced since.
+        return torch.autocast(
+            self._torch_device.type, dtype=autocast.dtype, enabled=autocast.is_enabled, cache_enabled=False
+        )
 
     @contextlib.contextmanager
     def casts_let_go(self) -> Iterator[None]:

@@ -283,6 +283,10 @@ class LiveCasts(TorchDispatchMode):
         return result
 
 
+def autocast_state() -> tuple[bool, torch.dtype, bool]:
+    return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_autocast_of_an_adopted_forward_keeps_no_casts(make: Callable[..., Pair], training: bool) -> None:
     """Autocast keeps its casts of weights until it is left, which would be the whole model's at the last layer."""
@@ -291,13 +295,35 @@ def test_autocast_of_an_adopted_forward_keeps_no_casts(make: Callable[..., Pair]
     model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)  # accelerate's, too, is made once
     model.fuyou.adopt_forward()
     layer = {p.shape for p in model.model.layers[0].parameters() if p.ndim == 2}
+    before = autocast_state()
     with LiveCasts(layer) as casts, torch.set_grad_enabled(training):
         loss = model(**rows(pair)).loss
     assert 0 < casts.most <= 2
     if training:
         loss.backward()
-    assert not torch.is_autocast_enabled("cpu")
-    assert torch.is_autocast_cache_enabled()
+    assert autocast_state() == before
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_autocast_of_a_forward_that_ends_early_is_left(make: Callable[..., Pair], fails: bool) -> None:
+    """Micro-batches that wait are ended last, behind the step's own autocast: nothing of theirs stays behind."""
+    pair = make("llama", micro_batch_size=2)
+    model: Any = pair.model
+    model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)
+    model.fuyou.adopt_forward()
+
+    def fail(*_args: Any) -> None:
+        assert torch.is_autocast_enabled("cpu")
+        raise RuntimeError("in the middle")
+
+    before = autocast_state()
+    if fails:
+        model.model.layers[1].mlp.register_forward_pre_hook(fail)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            model(**rows(pair))
+    else:
+        assert model.fuyou.list_ops(**rows(pair))
+    assert autocast_state() == before
 
 
 def test_older_or_used_outputs_are_refused(make: Callable[..., Pair]) -> None:
