@@ -30,6 +30,8 @@ TILE_PARAMETERS = 2**18
 """What one call of a kernel works on, as in training."""
 TRIAD_BYTES = 12
 """A parameter: a = b + scalar * c in float32; STREAM counts no read of a."""
+COMPUTED_PARAMETERS, NUM_PASSES = 1024, 2**9
+"""What `compute` works on, within the first cache, and how often: about as long as a kernel takes for a tile."""
 PAGE_BYTES, LINE_BYTES = 4096, 64
 LARGEST_CACHE_BYTES = 64 * 2**20
 """Where the system does not say."""
@@ -97,6 +99,10 @@ def describe(result: dict[str, Any]) -> str:
             )
         triad = row["triad"]
         lines.append(f"{'triad':12}{'':13}{triad['bytes_per_second'] / 1e9:>6.1f}{triad['spread']:>8.1%}")
+        if num_workers != "1":
+            lines.append(
+                f"in the cache {num_workers} workers compute {row['compute_speedup']:.2f} times as fast as one"
+            )
     lines += ["", *(f"{name}: {reason}" for name, reason in result["missing"].items())]
     lines.append("ns, B: of a parameter; ratio: limit over kernel, round by round; spread: half of the quartile range")
     return "\n".join(lines)
@@ -111,6 +117,7 @@ def _measure(
     num_threads = torch.get_num_threads()
     with ThreadPoolExecutor(num_workers, "fuyou-bench") as workers:
         contestants = {name: bench.spread_over(workers, num_workers, call) for name, call in bench.calls.items()}
+        contestants["compute alone"] = bench.spread_over(workers, 1, bench.calls["compute"])
         torch.set_num_threads(num_workers)
         try:
             seconds = take_turns(contestants | others, num_repeats)
@@ -142,6 +149,7 @@ def _measure(
             for name in others
         },
         "triad": rates("triad", TRIAD_BYTES),
+        "compute_speedup": median_ratio(seconds["compute alone"], seconds["compute"]),
     }
 
 
@@ -187,8 +195,11 @@ class _Bench:
             ),
             "int8": (update_int8, (high, low, m8, v8)),
         }
-        touch, triad = _without_arithmetic()
-        self.calls: dict[str, Callable[[Tile], object]] = {"triad": lambda t: triad(p[t], m[t], v[t])}
+        touch, triad, compute = _without_arithmetic()
+        self.calls: dict[str, Callable[[Tile], object]] = {
+            "triad": lambda t: triad(p[t], m[t], v[t]),
+            "compute": lambda t: compute(np.full(COMPUTED_PARAMETERS, 0.5, np.float32)),
+        }
         self.bytes_per_parameter: dict[str, float] = {}
         for name, (update, written) in updates.items():
             self.calls[name] = update
@@ -248,8 +259,13 @@ class _Bench:
 
 
 @functools.cache
-def _without_arithmetic() -> tuple[Callable[..., Callable[[Tile], object]], Callable[..., object]]:
-    """(touch, triad): touch(written, read) gives a call that moves a tile's bytes as an update of these arrays does."""
+def _without_arithmetic() -> tuple[
+    Callable[..., Callable[[Tile], object]], Callable[..., object], Callable[..., object]
+]:
+    """(touch, triad, compute): touch(written, read) gives a call that moves a tile's bytes as an update of these arrays does.
+
+    compute(a) is the reverse, arithmetic on what is in the cache already.
+    """
     import numba
     import numpy as np
 
@@ -281,13 +297,22 @@ def _without_arithmetic() -> tuple[Callable[..., Callable[[Tile], object]], Call
         for i in range(a.size):
             a[i] = b[i] + np.float32(3.0) * c[i]
 
+    @njit  # type: ignore[untyped-decorator, unused-ignore]
+    def compute(a: Any) -> None:
+        for _ in range(NUM_PASSES):
+            for i in range(a.size):
+                x = a[i]
+                for _ in range(4):
+                    x = x * np.float32(0.5) + np.float32(0.25)
+                a[i] = x
+
     def touch(written: tuple[Any, ...], read: Any) -> Callable[[Tile], object]:
         # As integers, of which the lowest bit is turned over: no value becomes one that is slow to compute with.
         arrays = [array.view(f"u{array.itemsize}") for array in (*written, read)]
         function = touch_three if len(written) == 3 else touch_four
         return lambda tile: function(*(array[tile] for array in arrays))
 
-    return touch, triad
+    return touch, triad, compute
 
 
 @contextlib.contextmanager

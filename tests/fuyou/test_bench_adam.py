@@ -59,7 +59,12 @@ def test_what_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch_row["our_speedup"] == pytest.approx(
             statistics.median(a / b for a, b in zip(seconds["torch fused"], seconds["float32"], strict=True))
         )
+        alone, together = seconds["compute alone"], seconds["compute"]
+        assert row["compute_speedup"] == pytest.approx(
+            statistics.median(a / b for a, b in zip(alone, together, strict=True))
+        )
     text = adam.describe(result)
+    assert f"2 workers compute {result['workers']['2']['compute_speedup']:.2f} times as fast as one" in text
     for part in ("1 worker ", "2 workers ", *KERNELS, "torch fused", "triad", "ratio", "DeepSpeedCPUAdam"):
         assert part in text
     rows = [
@@ -83,7 +88,7 @@ def test_every_contestant_covers_every_parameter_once(num_workers: int) -> None:
 
 
 def test_the_limit_writes_every_element_of_what_a_kernel_writes() -> None:
-    touch, triad = adam._without_arithmetic()
+    touch, triad, compute = adam._without_arithmetic()
     for dtypes in ((np.float32,) * 3, (np.uint16, np.uint16, np.int8, np.uint8)):
         written = tuple(np.full(100, 3, dtype) for dtype in dtypes)
         read = np.ones(100, np.float32)
@@ -97,6 +102,9 @@ def test_the_limit_writes_every_element_of_what_a_kernel_writes() -> None:
     a, b, c = np.zeros(8, np.float32), np.ones(8, np.float32), np.full(8, 2, np.float32)
     triad(a, b, c)
     assert (a == 7).all()
+    values = np.array([0.25, 0.75], np.float32)
+    compute(values)
+    np.testing.assert_allclose(values, 0.5)  # where x / 2 + 1 / 4 leads
 
 
 def test_a_peer_that_cannot_be_built_is_reported(

@@ -319,6 +319,9 @@ def test_neighbours_and_successive_steps_are_rounded_independently(moment_dtype:
         if shift == 0:
             np.fill_diagonal(correlation, 0.0)
         assert np.abs(correlation).max() < 5.5 / np.sqrt(draws.shape[1])
+    # Nor is one block's pattern another's, or its opposite: 64 would be the norm then, 20 is that of random signs.
+    blocks = draws.reshape(len(draws), size // 256, 255)
+    assert np.linalg.norm(blocks, 2, axis=(1, 2)).max() < 24
 
 
 @pytest.mark.parametrize("moment_dtype", FORMATS)
