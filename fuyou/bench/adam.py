@@ -195,7 +195,7 @@ class _Bench:
             ),
             "int8": (update_int8, (high, low, m8, v8)),
         }
-        touch, triad, compute = _without_arithmetic()
+        touch, triad, compute = _bare_loops()
         self.calls: dict[str, Callable[[Tile], object]] = {
             "triad": lambda t: triad(p[t], m[t], v[t]),
             "compute": lambda t: compute(np.full(COMPUTED_PARAMETERS, 0.5, np.float32)),
@@ -259,9 +259,7 @@ class _Bench:
 
 
 @functools.cache
-def _without_arithmetic() -> tuple[
-    Callable[..., Callable[[Tile], object]], Callable[..., object], Callable[..., object]
-]:
+def _bare_loops() -> tuple[Callable[..., Callable[[Tile], object]], Callable[..., object], Callable[..., object]]:
     """(touch, triad, compute): touch(written, read) gives a call that moves a tile's bytes as an update of these arrays does.
 
     compute(a) is the reverse, arithmetic on what is in the cache already.

@@ -113,7 +113,7 @@ def describe(result: dict[str, Any]) -> str:
     """The same as a table."""
     lines = [
         f"{', '.join(result['directories'])}: {result['reason']}",
-        f"{format_bytes(result['size_bytes'])} a pass in requests of {format_bytes(result['request_bytes'])}, medians of "
+        f"{format_bytes(result['size_bytes'])} a pass in transfers of {format_bytes(result['request_bytes'])}, medians of "
         f"{result['num_rounds']} rounds; limit: bare preadv/pwritev calls of the same requests, in turn with the engine",
         "",
         f"{'':6}{'GB/s':>7}{'limit':>7}{'ratio':>7}{'spread':>8}{'CPU s/GB':>9}{'request':>10}"

@@ -88,7 +88,7 @@ def test_every_contestant_covers_every_parameter_once(num_workers: int) -> None:
 
 
 def test_the_limit_writes_every_element_of_what_a_kernel_writes() -> None:
-    touch, triad, compute = adam._without_arithmetic()
+    touch, triad, compute = adam._bare_loops()
     for dtypes in ((np.float32,) * 3, (np.uint16, np.uint16, np.int8, np.uint8)):
         written = tuple(np.full(100, 3, dtype) for dtype in dtypes)
         read = np.ones(100, np.float32)
