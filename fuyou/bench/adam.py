@@ -7,7 +7,6 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-import itertools
 import os
 import statistics
 import sys
@@ -227,16 +226,14 @@ class _Bench:
     def spread_over(
         self, workers: ThreadPoolExecutor, num_workers: int, call: Callable[[Tile], object]
     ) -> Callable[[], object]:
-        """`call` on every tile, an equal run of tiles for each worker; blocks until all have ended."""
+        """`call` on every tile, the next one by the worker that is free, as in training; blocks until all have ended."""
         tiles = [slice(a, a + TILE_PARAMETERS) for a in range(0, self.num_parameters, TILE_PARAMETERS)]
-        edges = [len(tiles) * i // num_workers for i in range(num_workers + 1)]
-        shares = [tiles[a:b] for a, b in itertools.pairwise(edges)]
 
-        def work(share: list[Tile]) -> None:
-            for tile in share:
+        def work(waiting: Iterator[Tile]) -> None:
+            for tile in waiting:
                 call(tile)
 
-        return (lambda: work(tiles)) if num_workers == 1 else (lambda: list(workers.map(work, shares)))
+        return lambda: list(workers.map(work, [iter(tiles)] * num_workers))
 
     def others(self) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
         """What else there is for float32 parameters, and why something is missing."""
