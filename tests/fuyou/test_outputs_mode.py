@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.trainer_pt_utils import LabelSmoother
 
 import fuyou
-from fuyou.executor.torch_state import micro_batch_seed
+from fuyou.executor.torch_state import TorchState, micro_batch_seed
 from tests.fuyou.test_step import Pair
 from tests.tiny_models import tiny_batches
 
@@ -283,10 +283,6 @@ class LiveCasts(TorchDispatchMode):
         return result
 
 
-def autocast_state() -> tuple[bool, torch.dtype, bool]:
-    return torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"), torch.is_autocast_cache_enabled()
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_autocast_of_an_adopted_forward_keeps_no_casts(make: Callable[..., Pair], training: bool) -> None:
     """Autocast keeps its casts of weights until it is left, which would be the whole model's at the last layer."""
@@ -295,13 +291,13 @@ def test_autocast_of_an_adopted_forward_keeps_no_casts(make: Callable[..., Pair]
     model.forward = torch.autocast("cpu", dtype=torch.bfloat16)(model.forward)  # accelerate's, too, is made once
     model.fuyou.adopt_forward()
     layer = {p.shape for p in model.model.layers[0].parameters() if p.ndim == 2}
-    before = autocast_state()
     with LiveCasts(layer) as casts, torch.set_grad_enabled(training):
         loss = model(**rows(pair)).loss
     assert 0 < casts.most <= 2
     if training:
         loss.backward()
-    assert autocast_state() == before
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.is_autocast_cache_enabled()
 
 
 @pytest.mark.parametrize("fails", [True, False])
@@ -316,14 +312,17 @@ def test_autocast_of_a_forward_that_ends_early_is_left(make: Callable[..., Pair]
         assert torch.is_autocast_enabled("cpu")
         raise RuntimeError("in the middle")
 
-    before = autocast_state()
+    state = TorchState(torch.device("cpu"))
+    before = state.get_autocast()
     if fails:
         model.model.layers[1].mlp.register_forward_pre_hook(fail)
         with pytest.raises(RuntimeError, match="in the middle"):
             model(**rows(pair))
     else:
         assert model.fuyou.list_ops(**rows(pair))
-    assert autocast_state() == before
+    assert state.get_autocast() == before
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.is_autocast_cache_enabled()
 
 
 def test_older_or_used_outputs_are_refused(make: Callable[..., Pair]) -> None:
